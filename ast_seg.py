@@ -85,8 +85,8 @@ class Settings:
     backbone: str = setting("auto", "pretrained Segformer backbone: hub name or folder; auto: "
                                     "nvidia/mit-b3 for b3 and so on; random: none")
     # What lets a small model learn in minutes; off in the paper's settings
-    glimpse_size: int = setting(0, "side of a glimpse in pixels; 0: Table 2's, half the image")
-    glimpse_channels: int = setting(0, "channels of the glimpse generator's first layer; 0: twice its size")
+    glimpse_size: int = setting(0, "side of a glimpse; 0: half the image's", (0, 4, 16, 32, 64, 128))
+    glimpse_channels: int = setting(0, "channels of its first layer; 0: twice that", (0, 32, 64, 128, 256))
     identity_init: bool = setting(False, "let the transformer start as the identity")
     refine_lr: float = setting(0.0, "learning rate of the transformer; 0: that of the rest")
     refine_warmup_steps: int = setting(0, "its own warm-up; 0: that of the rest")
@@ -134,11 +134,11 @@ def make_settings(dataset="shapes", **given):
     for f in dataclasses.fields(s):
         value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
         if f.metadata["choices"] and value not in f.metadata["choices"]:
-            raise SettingsError(f"{flag} must be one of {', '.join(f.metadata['choices'])}, not {value}.")
+            raise SettingsError(f"{flag} must be one of {str(f.metadata['choices'])[1:-1]}, not {value}.")
         if f.type in (int, float) and f.name != "log_alpha_0" and not value >= (f.name in at_least_1):
             raise SettingsError(f"{flag} must be at least {int(f.name in at_least_1)}, not {value}.")
-    if s.size not in (64, 96, 128, 160, 192):  # five halvings of the features; [38] ends below 200
-        raise SettingsError(f"--size must be 64, 96, 128, 160 or 192, not {s.size}.")
+    if s.size not in (64, 128, 192):  # unet-small halves it six times; [38] ends below 200
+        raise SettingsError(f"--size must be 64, 128 or 192, not {s.size}.")
     if s.d_t % s.heads or (s.identity_init and s.d_t < s.d_z_what + 7):
         raise SettingsError(f"--d-t must be a multiple of --heads and well above --d-z-what, not {s.d_t}.")
     if not 1 <= s.s_min < s.s_max:
@@ -213,10 +213,9 @@ class Segformer(nn.Module):
             if info["missing_keys"]:
                 raise ValueError("it lacks Segformer weights")
             self.net.segformer.load_state_dict(pretrained.state_dict())
-        except (OSError, RuntimeError, ValueError) as e:
-            reason = str(e).strip().splitlines()[0]
-            raise SettingsError(f"Cannot load the backbone {source} ({reason}); check name, connection and "
-                                "--generator, or use --backbone random.") from e
+        except Exception as e:  # the library has many ways to refuse a missing, damaged or foreign folder
+            raise SettingsError(f"Cannot load backbone {source} ({str(e).strip().splitlines()[0]}); check "
+                                "its name and --generator, or use --backbone random.") from e
 
     def forward(self, images):
         return self.net(images).logits
@@ -761,19 +760,20 @@ def plot_segmentations(model, scenes, device, path, rows=6):
     found, K = scene.weights.argmax(1).cpu(), latents.x.shape[1]
     palette = ListedColormap(["black", *plt.get_cmap("tab10").colors, *plt.get_cmap("Set3").colors])
     figure, axes = plt.subplots(len(images), 5 + K, figsize=(7 + 1.4 * K, 1.4 * len(images)), squeeze=False)
-    for axis, title in zip(axes[0], ("input", "reconstruction", "background", "segments", "true segments",
-                                     *(f"attention {k + 1}" for k in range(K)))):
+    titles = ["input", "reconstruction", "background", "segments", "true"]
+    for axis, title in zip(axes[0], titles + [f"query {k}" for k in range(1, K + 1)]):
         axis.set_title(title, fontsize=9)
     plt.setp(axes, xticks=[], yticks=[])
     for i, row in enumerate(axes):
         for axis, image in zip(row, (images[i], scene.image[i], scene.layers[i, 0])):
-            axis.imshow(image.permute(1, 2, 0).cpu().clamp(0, 1))
-        for axis, labels in zip(row[3:], (found[i], scenes.labels[i])):
+            axis.imshow(image.permute(1, 2, 0).cpu().clamp(0, 1).numpy())
+        for axis, labels in zip(row[3:], (found[i].numpy(), scenes.labels[i])):
             axis.imshow(labels % palette.N, cmap=palette, vmin=0, vmax=palette.N - 1, interpolation="nearest")
         for k, axis in enumerate(row[5:]):
-            axis.imshow(latents.attention[i, k].cpu(), cmap="gray", extent=(-1, 1, 1, -1))
+            axis.imshow(latents.attention[i, k].cpu().numpy(), cmap="gray", extent=(-1, 1, 1, -1))
             axis.plot(latents.x[i, k].item(), latents.y[i, k].item(), "+", color=palette((k + 1) % palette.N),
-                      markersize=11, markeredgewidth=2.5, alpha=1 if (found[i] == k + 1).any() else 0.3)
+                      markersize=11, markeredgewidth=2.5, alpha=1 if (found[i] == k + 1).any() else 0.3,
+                      scalex=False, scaley=False)
     figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -788,10 +788,10 @@ def plot_curves(log, path):
             lines = [line for line in log if name in line]
             axis.plot([line["t"] for line in lines], [line[name] for line in lines], label=name)
         end = 0
-        for phase in (1, 2, 3):
+        for phase, colour in ((1, "gray"), (2, "orange"), (3, "green")):
             start, end = end, max((line["t"] for line in log if line["phase"] == phase), default=end)
-            axis.axvspan(start, end, color=f"C{phase + 4}", alpha=0.1, lw=0, label=f"phase {phase}")
-        axis.legend(fontsize=8, loc="center left")
+            axis.axvspan(start, end, color=colour, alpha=0.1, lw=0, label=f"phase {phase}")
+        axis.legend(fontsize=8, loc="upper right" if axis is above else "lower right")
     above.set(yscale="log", ylabel="loss")
     below.set(ylabel="validation score (%)", xlabel="steps", ylim=(0, 100))
     figure.tight_layout()
@@ -842,7 +842,7 @@ def announce(model, device, device_name):
             trial.background.generator[-1].conv.weight.sum().item()  # wait for the device
         seconds += steps and steps * (time.time() - began) * batch_size / n
     duration = f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.0f} hours"
-    print(f"  on {device_name}: about {duration}", flush=True)
+    print(f"  on {device_name}: about {duration} in all", flush=True)
 
 
 def train_and_evaluate(s, run, data_dir, device, only_evaluate):
@@ -872,9 +872,8 @@ def train_and_evaluate(s, run, data_dir, device, only_evaluate):
     scores = evaluate(model, test, device, progress=True)
     results = {"dataset": s.dataset, "split": "test", "images": len(test),
                **{name: float(values.mean()) for name, values in scores.items()},
-               "steps": s.steps, "seconds": run.load()["seconds"],
-               "device": device_name, "seed": s.seed, "torch": torch.__version__,
-               "settings": dataclasses.asdict(s)}
+               "steps": s.steps, "seconds": run.load()["seconds"], "device": device_name, "seed": s.seed,
+               "torch": torch.__version__, "settings": dataclasses.asdict(s)}
     replace(run.folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
     plot_segmentations(model, test, device, run.folder / "segmentations.png")
     plot_curves(run.read_log(), run.folder / "curves.png")
