@@ -812,8 +812,9 @@ def parse_arguments(arguments):
     group = parser.add_argument_group("settings, the paper's by default; [in brackets] for --dataset shapes")
     for f in dataclasses.fields(Settings):
         default = f"default: {f.default}" + (f" [{SHAPES[f.name]}]" if f.name in SHAPES else "")
+        choices, kind = f.metadata["choices"], f.type.__name__.upper()
         how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
-            type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else "N")
+            type=f.type, choices=choices, metavar=None if choices else kind)
         group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **how, help=(
             f.metadata["help"] + (" (default: shapes)" if f.name == "dataset" else f" ({default})")))
     return parser.parse_args(arguments)

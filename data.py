@@ -3,15 +3,14 @@
     scenes = load("clevr", "train", data_dir="datasets")  # .images (N, 3, H, W), .labels (N, H, W)
     for images in Batches(scenes, batch_size=64, seed=0, start=0, stop=1000, device="cuda"): ...
 
-`DATASETS` is the table of them. The first use of a set decodes it, as a stream, into `.npy` files, which are
-memory maps from then on. Whatever is wrong with a file ends in a `DataError`.
+`DATASETS` is the table of them. The first use decodes a set, as a stream, into a `.npy` file, from then on a
+memory map. Whatever is wrong with a file ends in a `DataError`.
 """
 
 import gzip
 import hashlib
 import http.client
 import itertools
-import json
 import os
 import shutil
 import tarfile
@@ -19,12 +18,11 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +32,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 SPLITS = ("test", "val", "train")  # in the order in which they lie in the public files
-BYTES = {"unit": "B", "unit_scale": True, "leave": False}  # for progress bars
-CACHE_VERSION = 2  # raise it when a change below changes what is decoded or drawn
+CACHE_VERSION = 3  # raise it when a change below changes what is decoded or drawn
 
 
 class DataError(Exception):
@@ -46,18 +43,18 @@ class DataError(Exception):
 class Dataset:
     """One benchmark: where its files lie, how they are read, and what the model has to know about it.
 
-    `reader(dataset, path, split, limit)` returns the source files, an iterator over items, and a function
-    from an item to its image (h, w, 3) and labels (h, w), uint8: labels None where there are none,
-    both None to skip the scene.
+    `reader(dataset, path, split)` returns the source files, the items, and a function from an item to image
+    (h, w, 3) and labels (h, w), uint8: labels None where there are none, image None to leave the scene out.
     """
 
     reader: callable
     slots: int  # K, the largest number of objects
-    anisotropic: bool  # one scale for each axis instead of one for both
+    anisotropic: bool = False  # one scale for each axis instead of one for both
     background: str = "complex"  # architecture of the background model: simple, complex or small
     background_steps: int = 500_000  # length of phase 1
     size: int = 64  # side of the training images, in pixels
     path: str = ""  # public name of the file or folder, directly under DATA_DIR
+    urls: tuple = ()  # what to download
     source: tuple = (64, 64)  # height and width of the source; () stands for any
     crop: int = 0  # side of the centre square that is kept, in source pixels; 0 for the largest
     splits: tuple = (0, 0, 0)  # published number of scenes in test, val, train
@@ -65,9 +62,7 @@ class Dataset:
     masks_last: bool = False  # TFRecord: masks lie as (h, w, masks) instead of (masks, h, w)
     background_masks: int = 1  # TFRecord: this many first masks are background
     most_objects: int = 0  # TFRecord: leave scenes of more objects out; 0 keeps all
-    draw: callable = None  # drawn sets: (random generator, side) -> image, labels
-    urls: tuple = ()  # what to download
-    gigabytes: float = 0.0  # size of the download, where it is known
+    gigabytes: float = np.inf  # TFRecord: size of the public file, where we know it
 
 
 @dataclass(frozen=True)
@@ -90,11 +85,17 @@ def split_bounds(total, published) -> dict[str, range]:
     return dict(zip(SPLITS, map(range, [0, *stops], stops)))
 
 
-def prefetch(function, items, depth, threads=1):
-    """Yield function(item) for all items in order, computed by threads up to `depth` items ahead.
+@contextmanager
+def readable(path, what):
+    """Turn whatever a damaged file raises, with Pillow almost anything, into a DataError."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{path}: {what} cannot be read ({error}); if it is damaged, replace it.") from error
 
-    An exception of `function` is raised here. Leaving early ends the threads.
-    """
+
+def prefetch(function, items, depth, threads=1):
+    """Yield function(item) for all items in order, computed by threads up to `depth` items ahead."""
     items, pool = iter(items), ThreadPoolExecutor(threads)
     try:
         ahead = deque(pool.submit(function, item) for item in itertools.islice(items, depth))
@@ -102,7 +103,7 @@ def prefetch(function, items, depth, threads=1):
             result = ahead.popleft().result()
             ahead.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
             yield result
-    finally:
+    finally:  # at the end, after an error of `function`, and when the caller leaves early
         pool.shutdown(cancel_futures=True)
 
 
@@ -112,29 +113,23 @@ CORNERS = (1, 3, 4, 5)
 UPRIGHT = (0, np.pi * 5 / 6, 0, np.pi / 2)  # the angle at which each of them stands on its base
 
 
-def paint(image, labels, label, kind, centre, radius, angle, colour, shading):
+def paint(image, labels, label, kind, centre, radius, tilt, colour, shading):
     """Paint one anti-aliased sprite over image (side, side, 3) in [0, 1] and labels (side, side), in place.
 
-    centre (x, y) and radius in units of half the image, x and y in [-1, 1]; angle in radians. Shading lights
-    the sprite from the upper left.
+    centre (x, y) in [-1, 1] and radius in units of half the image; tilt in radians; lit from the upper left.
     """
     side = len(labels)
     pixels = (np.arange(side, dtype=np.float32) + 0.5) * 2 / side - 1
-    near = np.abs(pixels - np.float32(centre)[:, None]) < 1.1 * radius + 2 / side  # (2, side), within reach
-    columns, rows = (slice(*np.flatnonzero(axis)[[0, -1]] + (0, 1)) for axis in near)
-    dx, dy = pixels[None, columns] - np.float32(centre[0]), pixels[rows, None] - np.float32(centre[1])
-    sector = np.pi / CORNERS[kind]
-    if kind == DISC:
-        edge = 0.9 * radius
-    else:  # the outline in polar coordinates; `fold`, 0 to `sector`, is the angle from the middle of a side
-        fold = np.abs((np.arctan2(dy, dx) + angle) / (2 * sector) % 1 - 0.5) * 2 * sector
+    dx, dy = pixels - np.float32(centre[0]), pixels[:, None] - np.float32(centre[1])
+    edge, sector = 0.9 * radius, np.pi / CORNERS[kind]
+    if kind != DISC:  # the outline in polar coordinates; `fold`: the angle from the middle of a side
+        fold = np.abs((np.arctan2(dy, dx) + (UPRIGHT[kind] + tilt)) / (2 * sector) % 1 - 0.5) * 2 * sector
         outline = 0.5 + 0.5 * fold / sector if kind == STAR else np.cos(sector) / np.cos(sector - fold)
         edge = 1.1 * radius * outline
     cover = np.clip(0.5 - (np.hypot(dx, dy) - edge) * side / 2, 0, 1)
     light = 1 - shading * (dx + dy)[..., None] / radius
-    patch = image[rows, columns]
-    patch += cover[..., None] * (np.clip(np.asarray(colour, np.float32) * light, 0, 1) - patch)
-    labels[rows, columns][cover > 0.5] = label
+    image += cover[..., None] * (np.clip(np.asarray(colour, np.float32) * light, 0, 1) - image)
+    labels[cover > 0.5] = label
 
 
 def place(rng, radius, placed, gap):
@@ -155,13 +150,13 @@ def draw_shapes(rng, side):
     x = np.linspace(1 / side - 1, 1 - 1 / side, side)
     image = (level + tint + (slope[0] * x + slope[1] * x[:, None])[..., None]).astype(np.float32)
     labels, placed = np.zeros((side, side), np.uint8), []
-    for label in range(1, count + 1):
+    for label, hue in enumerate(hues, 1):
         radius = rng.uniform(0.2, 0.34)
         centre = place(rng, radius, placed, gap=0.75)
         kind, tilt = rng.integers(4), rng.uniform(-0.2, 0.2)
-        colour = hsv_to_rgb((hues[label - 1], rng.uniform(0.6, 1), rng.uniform(0.75, 1)))
-        paint(image, labels, label, kind, centre, radius, UPRIGHT[kind] + tilt, colour, shading=0.25)
-    return (image * 255 + 0.5).astype(np.uint8), labels
+        colour = hsv_to_rgb((hue, rng.uniform(0.6, 1), rng.uniform(0.75, 1)))
+        paint(image, labels, label, kind, centre, radius, tilt, colour, shading=0.25)
+    return image, labels
 
 
 def draw_tm_dsprites(rng, side):
@@ -169,23 +164,25 @@ def draw_tm_dsprites(rng, side):
 
     The text gives no numbers. Ours: 2, 4, 6 or 8 waves, five orientations, sprites a quarter image wide.
     """
-    waves, orientation = 2 + 2 * rng.integers(4), np.pi * rng.integers(5) / 5
+    waves, angle = 2 + 2 * rng.integers(4), np.pi * rng.integers(5) / 5
     x = np.linspace(0, 2 * np.pi * waves, side)
-    texture = np.sin(x * np.cos(orientation) + x[:, None] * np.sin(orientation) + rng.uniform(0, 2 * np.pi))
+    texture = np.sin(x * np.cos(angle) + x[:, None] * np.sin(angle) + rng.uniform(0, 2 * np.pi))
     image = np.repeat((0.5 + 0.3 * texture).astype(np.float32)[..., None], 3, axis=2)
     labels, placed, radius = np.zeros((side, side), np.uint8), [], 0.25
     for label in range(1, rng.integers(3, 5)):
         kind, colour = rng.integers(3), hsv_to_rgb((rng.random(), 1, 1))
-        centre = place(rng, radius, placed, gap=1.1)
-        paint(image, labels, label, kind, centre, radius, UPRIGHT[kind], colour, shading=0)
-    return (image * 255 + 0.5).astype(np.uint8), labels
+        paint(image, labels, label, kind, place(rng, radius, placed, gap=1.1), radius, 0, colour, shading=0)
+    return image, labels
 
 
-def read_drawn(dataset, path, split, limit):
+def read_drawn(draw, dataset, path, split):
     """Scene i of a split is a function of (split, i) alone: run seeds do not change a benchmark."""
-    stream = {"train": 0, "test": 1, "val": 2}[split]
-    indices = tqdm(range(dataset.splits[SPLITS.index(split)]), unit=" scenes", leave=False, delay=1)
-    return [], indices, lambda i: dataset.draw(np.random.default_rng((0, stream, i)), dataset.source[0])
+    def decode(i):
+        stream = {"train": 0, "test": 1, "val": 2}[split]
+        image, labels = draw(np.random.default_rng((0, stream, i)), dataset.source[0])
+        return (image * 255 + 0.5).astype(np.uint8), labels
+
+    return [], tqdm(range(dataset.splits[SPLITS.index(split)]), leave=False, delay=1), decode
 
 
 # --- TFRecord files ---
@@ -225,37 +222,29 @@ def masked_crc(data):
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-@contextmanager
-def readable(path, what):
-    """Turn what reading a damaged or cut file raises into a DataError."""
-    try:
-        yield
-    except (ValueError, LookupError, EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
-        raise DataError(f"{path}: {what} is damaged or foreign ({error}); delete it and run again.") from None
+def is_gzip(path):
+    """The public files are gzip streams, but some tools hand them out inflated."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
 
 
-def read_stream(path, check_data):
-    """Yield the records: length (uint64), masked CRC of the length, data, masked CRC of the data."""
-    with open(path, "rb") as file, tqdm(total=path.stat().st_size, **BYTES) as bar:
-        packed = file.read(2) == b"\x1f\x8b"  # the public files are, but some tools hand them out inflated
-        file.seek(0)
-        stream = gzip.GzipFile(fileobj=file) if packed else file
+def read_stream(path):
+    """Yield (number, data, masked CRC of data). A record is: length (uint64), masked CRC of it, data, CRC."""
+    with (open(path, "rb") as file,
+          tqdm(total=path.stat().st_size, unit="B", unit_scale=True, leave=False) as bar):
+        stream = gzip.GzipFile(fileobj=file) if is_gzip(path) else file
         for number in itertools.count():
             with readable(path, f"record {number}"):
                 header = stream.read(12)
                 if number and not header:
                     return
+                length = int.from_bytes(header[:8], "little")
                 if len(header) < 12 or masked_crc(header[:8]) != int.from_bytes(header[8:], "little"):
                     raise ValueError("no record starts here")
-                length = int.from_bytes(header[:8], "little")
                 record = stream.read(length + 4) if length <= LARGEST_RECORD else b""
                 if len(record) < length + 4:
                     raise ValueError(f"{length} bytes announced, not all there")
-                data, crc = record[:-4], int.from_bytes(record[-4:], "little")
-                # the end of a gzip stream vouches for its bytes, at less cost, where we get there
-                if (check_data or not packed) and masked_crc(data) != crc:
-                    raise ValueError("wrong checksum")
-            yield data
+            yield number, record[:-4], int.from_bytes(record[-4:], "little")
             bar.update(file.tell() - bar.n)
 
 
@@ -292,78 +281,70 @@ def decode_record(dataset, data):
         visible = feature(data, b"visibility", (b"\n", b"\x12", b"\x12"), 4 * dataset.masks).view("<f4")
         if np.count_nonzero(visible) - 1 > dataset.most_objects:
             return None, None
-    image = pixel_values(data, b"image", (*dataset.source, 3))
-    if dataset.masks_last:
-        masks = np.moveaxis(pixel_values(data, b"mask", (*dataset.source, dataset.masks)), 2, 0)
-    else:
-        masks = pixel_values(data, b"mask", (dataset.masks, *dataset.source))
-    labels = np.zeros(dataset.source, np.uint8)
-    for index in reversed(range(dataset.masks)):  # where masks overlap the first one wins, as in an arg-max
-        np.copyto(labels, max(0, index + 1 - dataset.background_masks), where=masks[index] > 127)
-    return image, labels
+    (height, width), count = dataset.source, dataset.masks
+    shape = (height, width, count) if dataset.masks_last else (count, height, width)
+    masks, labels = pixel_values(data, b"mask", shape), np.zeros(dataset.source, np.uint8)
+    for index in reversed(range(count)):  # where masks overlap the first one wins, as in an arg-max
+        mask = masks[..., index] if dataset.masks_last else masks[index]
+        np.copyto(labels, max(0, index + 1 - dataset.background_masks), where=mask > 127)
+    return pixel_values(data, b"image", (height, width, 3)), labels
 
 
-def read_records(dataset, path, split, limit):
-    """A TFRecord file: all splits at once, since a short file tells only at its end where they lie.
+def read_records(dataset, path, split):
+    """A TFRecord file: one split, or all of them where `split` is None.
 
-    With a limit one split alone, for which a short file is read twice.
+    A whole gzip stream vouches for its bytes at its end; otherwise the checksum of each record is computed.
     """
-    def items():
-        wanted = range(sum(dataset.splits))
-        if limit:
-            published = path.stat().st_size > 0.9e9 * dataset.gigabytes > 0
-            total = len(wanted) if published else sum(1 for _ in read_stream(path, check_data=False))
-            wanted = split_bounds(total, dataset.splits)[split]
-        for number, data in enumerate(read_stream(path, check_data=bool(limit))):
-            if number in wanted:
-                yield number, data
-            elif limit and number >= wanted.stop:
-                return
-
-    def decode(item):
-        with readable(path, f"record {item[0]}"):
-            return decode_record(dataset, item[1])
-
     if not path.exists():
         download(dataset, path)
+    packed, wanted = is_gzip(path), range(sum(dataset.splits))
+
+    def items():
+        at = wanted
+        if split:
+            public = packed and path.stat().st_size > 0.9e9 * dataset.gigabytes
+            total = len(wanted) if public else sum(1 for _ in read_stream(path))
+            at = split_bounds(total, dataset.splits)[split]
+        for record in read_stream(path):
+            if split and record[0] >= at.stop:
+                return
+            if record[0] in at:
+                yield record
+
+    def decode(record):
+        number, data, crc = record
+        with readable(path, f"record {number}"):
+            if (split or not packed) and masked_crc(data) != crc:
+                raise ValueError("wrong checksum")
+            return decode_record(dataset, data)
+
     return [path], items(), decode
 
 
 # --- Image files ---
-def open_image(path):
-    """A whole, checked Pillow image, turned upright as its EXIF data say."""
-    try:
+def read_image(path, is_labels=False):
+    """(h, w, 3) uint8 RGB of an image of any mode, less its transparency; (h, w) uint8 of a label map."""
+    with readable(path, "the image"):
         with Image.open(path) as image:
             image.verify()  # the checksums of a PNG, which decoding alone skips
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        raise DataError(f"{path}: missing or no readable image ({error}); replace it.") from None
-
-
-def read_image(path):
-    """(h, w, 3) uint8 RGB of an image of any mode; transparency is dropped."""
-    image = open_image(path)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's conversion would clip at 255
-        return np.stack([np.clip(np.asarray(image) / 257 + 0.5, 0, 255).astype(np.uint8)] * 3, axis=2)
-    return np.asarray(image.convert("RGB"))
-
-
-def read_labels(path):
-    """(h, w) uint8: the palette index or grey value of the label map."""
-    image = open_image(path)
-    if path.suffix == ".map":  # ShapeStacks by GENESIS: a PNG despite its name, label = first channel / 32
-        return np.asarray(image.convert("RGB"))[..., 0] // 32
-    labels = np.asarray(image)
-    if labels.ndim != 2 or labels.max(initial=0) > 255:
-        raise DataError(f"{path}: no label map, a palette or grey image of values up to 255; replace it.")
-    return labels.astype(np.uint8)
+            image = ImageOps.exif_transpose(image)
+        pixels = np.asarray(image)
+        if path.suffix == ".map":  # ShapeStacks by GENESIS: a PNG, label = first channel / 32
+            return np.asarray(image.convert("RGB"))[..., 0] // 32
+        if is_labels and (pixels.ndim != 2 or pixels.max(initial=0) > 255):
+            raise ValueError("labels are the indices of a palette or grey values, up to 255")
+        if is_labels:
+            return pixels.astype(np.uint8)
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow's conversion would clip at 255
+            image = Image.fromarray((pixels / 257 + 0.5).clip(0, 255).astype(np.uint8))
+        return np.asarray(image.convert("RGB"))
 
 
 def read_pairs(dataset, pairs):
     """The result of a reader for a list of (image path, label path or None)."""
     def decode(pair):
-        image, labels = read_image(pair[0]), read_labels(pair[1]) if pair[1] else None
+        image, labels = read_image(pair[0]), read_image(pair[1], is_labels=True) if pair[1] else None
         expected = dataset.source or image.shape[:2]
         for path, pixels in zip(pair, (image, labels)):
             if path and pixels.shape[:2] != expected:
@@ -371,19 +352,28 @@ def read_pairs(dataset, pairs):
         return image, labels
 
     files = [path for pair in pairs for path in pair if path and path.exists()]
-    return files, tqdm(pairs, unit=" images", leave=False, delay=1), decode
+    return files, tqdm(pairs, leave=False, delay=1), decode
 
 
-def read_clevrtex(dataset, path, split, limit):
-    """ClevrTex, Camo, OOD: <folder>/NAME_000123.png beside NAME_000123_flat.png, split by their numbers."""
-    if not path.is_dir():
+def read_folder(ending, dataset, path, split):
+    """A tree of images, label maps NAME<ending>.png beside all or none: ClevrTex and its kin, the user's own.
+
+    ClevrTex is split in the order of its numbers, other images in that of hashes of their names.
+    """
+    if dataset.urls and not path.exists():
         download(dataset, path)
-    images = sorted((p for p in path.glob("*/*.png") if not p.stem.endswith("_flat")), key=lambda p: p.name)
-    chosen = [images[i] for i in split_bounds(len(images), dataset.splits)[split]]
-    return read_pairs(dataset, [(image, image.with_name(f"{image.stem}_flat.png")) for image in chosen])
+    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+    images = [p for p in path.rglob("*") if p.suffix.lower() in suffixes and not p.stem.endswith(ending)]
+    images.sort(key=lambda p: p.name if dataset.urls else digest(p.relative_to(path).as_posix()))
+    labels = [p.with_name(f"{p.stem}{ending}.png") for p in images]
+    missing = [p for p in labels if not p.exists()]
+    if missing and (dataset.urls or len(missing) < len(labels)):
+        raise DataError(f"{missing[0]}: this label map is missing; give all images one, or none.")
+    pairs = list(zip(images, [None] * len(images) if missing else labels))
+    return read_pairs(dataset, [pairs[i] for i in split_bounds(len(pairs), dataset.splits)[split]])
 
 
-def read_shapestacks(dataset, path, split, limit):
+def read_shapestacks(dataset, path, split):
     """ShapeStacks: every view of the scenarios listed in splits/default, with the label maps of GENESIS."""
     listing = path / "splits/default" / f"{'eval' if split == 'val' else split}.txt"
     for needed in (path / "recordings", path / "iseg", listing):
@@ -398,20 +388,6 @@ def read_shapestacks(dataset, path, split, limit):
             labels = f"iseg-w=0-f=0-l=0-c=original-cam_{image.stem.split('-cam_')[1]}.map"
             pairs.append((image, path / "iseg" / scenario / labels))
     return read_pairs(dataset, pairs)
-
-
-def read_folder(dataset, path, split, limit):
-    """Any tree of images, label maps NAME_mask.png beside all or none, split 80/10/10 by hashes of names."""
-    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-    images = [p for p in path.rglob("*") if p.suffix.lower() in suffixes and not p.stem.endswith("_mask")]
-    images.sort(key=lambda p: digest(p.relative_to(path).as_posix()))
-    masks = [p.with_name(f"{p.stem}_mask.png") for p in images]
-    missing = [mask for mask in masks if not mask.exists()]
-    if 0 < len(missing) < len(masks):
-        raise DataError(f"{missing[0]}: this label map is missing; give all images one, or none.")
-    pairs = list(zip(images, [None] * len(images) if missing else masks))
-    bounds = split_bounds(len(pairs), (len(pairs), len(pairs), 8 * len(pairs)))
-    return read_pairs(dataset, [pairs[i] for i in bounds[split]])
 
 
 # --- Download ---
@@ -435,32 +411,28 @@ def download(dataset, path):
 
 def fetch(url, file):
     """Download `url` to `file` by way of FILE.part, going on where an earlier attempt stopped."""
-    part, problem = file.with_name(f"{file.name}.part"), None
+    part, problem = file.with_name(f"{file.name}.part"), "the connection broke off again and again"
     for _ in range(5):  # a connection that is cut is taken up again
-        part.touch()
-        done = part.stat().st_size
+        done = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"})
         try:
-            request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
             with urllib.request.urlopen(request, timeout=30) as reply:
                 done = done if reply.status == 206 else 0  # a server without Range starts from the beginning
                 total = done + int(reply.headers["Content-Length"] or 0)
                 print(f"downloading {url} ({total / 1e9:.1f} GB) to {file}", flush=True)
                 if shutil.disk_usage(file.parent).free < 2 * total - done:  # the file, and what is made of it
                     raise DataError(f"{file}: needs {2 * total / 1e9:.1f} GB of free disk; make room there.")
-                with open(part, "r+b") as out, tqdm(total=total, **BYTES) as bar:
-                    out.truncate(out.seek(done))
-                    while block := reply.read(1 << 20):
-                        out.write(block)
-                        bar.update(out.tell() - bar.n)
+                with (open(part, "ab" if done else "wb") as out,
+                      tqdm.wrapattr(out, "write", total=total, initial=done, leave=False) as bar):
+                    shutil.copyfileobj(reply, bar)
             if part.stat().st_size == total:
                 return os.replace(part, file)
-            problem = "the connection broke off again and again"
-        except (http.client.HTTPException, ConnectionError, TimeoutError, urllib.error.URLError) as error:
+        except (http.client.HTTPException, OSError) as error:
             problem = error
-            if isinstance(error, urllib.error.URLError):
-                if getattr(error, "code", 0) != 416:  # 416: the part is longer than the file
-                    break
+            if getattr(error, "code", 0) == 416:  # the part is longer than the file
                 part.unlink()
+            elif isinstance(error, urllib.error.URLError):
+                break
     raise DataError(f"{url}: {problem}; run again to go on, or download it to {file} yourself.")
 
 
@@ -469,19 +441,19 @@ BUCKET = "https://storage.googleapis.com/multi-object-datasets"
 OXFORD = "https://thor.robots.ox.ac.uk/datasets/clevrtex"
 
 CLEVR = Dataset(
-    read_records, slots=10, anisotropic=False, background="simple", background_steps=2500, size=128, crop=192,
-    path="clevr_with_masks_train.tfrecords", source=(240, 320), masks=11, splits=(10_000, 10_000, 50_000),
-    urls=(f"{BUCKET}/clevr_with_masks/clevr_with_masks_train.tfrecords",), gigabytes=10.5)
+    read_records, slots=10, background="simple", background_steps=2500, size=128, source=(240, 320), crop=192,
+    path="clevr_with_masks_train.tfrecords", masks=11, splits=(10_000, 10_000, 50_000), gigabytes=10.5,
+    urls=(f"{BUCKET}/clevr_with_masks/clevr_with_masks_train.tfrecords",))
 CLEVRTEX = Dataset(
-    read_clevrtex, slots=10, anisotropic=True, size=128, crop=192, path="clevrtex_full", source=(240, 320),
-    splits=(5000, 5000, 40_000), urls=tuple(f"{OXFORD}/clevrtex_full_part{i}.tar.gz" for i in range(1, 6)))
+    partial(read_folder, "_flat"), slots=10, anisotropic=True, size=128, source=(240, 320), crop=192,
+    path="clevrtex_full", splits=(5000, 5000, 40_000),
+    urls=tuple(f"{OXFORD}/clevrtex_full_part{i}.tar.gz" for i in range(1, 6)))
 DATASETS = {
     "shapes": Dataset(
-        read_drawn, slots=5, anisotropic=False, background="small", splits=(320, 320, 8192),
-        draw=draw_shapes),
+        partial(read_drawn, draw_shapes), slots=5, background="small", splits=(320, 320, 8192)),
     "tm_dsprites": Dataset(
-        read_drawn, slots=3, anisotropic=False, size=128, source=(128, 128), splits=(1000, 1000, 18_000),
-        draw=draw_tm_dsprites),
+        partial(read_drawn, draw_tm_dsprites), slots=3, size=128, source=(128, 128),
+        splits=(320, 320, 19_360)),
     "clevr": CLEVR,
     "clevr6": replace(CLEVR, slots=6, most_objects=6),
     "clevrtex": CLEVRTEX,
@@ -492,19 +464,20 @@ DATASETS = {
         CLEVRTEX, path="clevrtex_outd", splits=(10_000, 0, 0), urls=(f"{OXFORD}/clevrtex_outd.tar.gz",)),
     "objects_room": Dataset(
         read_records, slots=3, anisotropic=True, path="objects_room_train.tfrecords", masks=7,
-        background_masks=4, splits=(10_000, 10_000, 980_000),
-        urls=(f"{BUCKET}/objects_room/objects_room_train.tfrecords",), gigabytes=7),
-    "shapestacks": Dataset(
-        read_shapestacks, slots=6, anisotropic=False, path="shapestacks", source=(224, 224), crop=196),
+        background_masks=4, splits=(10_000, 10_000, 980_000), gigabytes=7,
+        urls=(f"{BUCKET}/objects_room/objects_room_train.tfrecords",)),
+    "shapestacks": Dataset(read_shapestacks, slots=6, path="shapestacks", source=(224, 224), crop=196),
     "multi_dsprites": Dataset(
-        read_records, slots=4, anisotropic=False, path="multi_dsprites_colored_on_colored.tfrecords", masks=5,
-        masks_last=True, splits=(10_000, 10_000, 40_000),
+        read_records, slots=4, path="multi_dsprites_colored_on_colored.tfrecords", masks=5, masks_last=True,
+        splits=(10_000, 10_000, 40_000),
         urls=(f"{BUCKET}/multi_dsprites/multi_dsprites_colored_on_colored.tfrecords",)),
     "tetrominoes": Dataset(
-        read_records, slots=3, anisotropic=False, background="simple", background_steps=2500, source=(35, 35),
-        path="tetrominoes_train.tfrecords", masks=4, splits=(10_000, 10_000, 40_000),
+        read_records, slots=3, background="simple", background_steps=2500, source=(35, 35), masks=4,
+        path="tetrominoes_train.tfrecords", splits=(10_000, 10_000, 40_000),
         urls=(f"{BUCKET}/tetrominoes/tetrominoes_train.tfrecords",)),
-    "folder": Dataset(read_folder, slots=10, anisotropic=True, size=128, source=()),
+    "folder": Dataset(
+        partial(read_folder, "_mask"), slots=10, anisotropic=True, size=128, source=(),
+        splits=(10**9, 10**9, 8 * 10**9)),  # tenths of any number
 }
 
 
@@ -516,73 +489,55 @@ def digest(value):
 
 def cache_root(data_dir):
     """DATA_DIR/.cache, or a folder of the user's own cache where DATA_DIR is marked read-only."""
-    if data_dir.exists() and not (data_dir.stat().st_mode & 0o222 and os.access(data_dir, os.W_OK)):
-        user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(user, "ast_seg", digest(str(data_dir.resolve())))
-    return data_dir / ".cache"
+    if not data_dir.exists() or data_dir.stat().st_mode & 0o222 and os.access(data_dir, os.W_OK):
+        return data_dir / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "ast_seg",
+                digest(data_dir.resolve()))
 
 
-def open_cache(folder):
-    """(info, images, labels) of a finished cache, the arrays as memory maps; None where there is none."""
-    try:
-        info = json.loads((folder / "info.json").read_text())
-        return info, *(np.load(folder / name, mmap_mode="r") for name in ("images.npy", "labels.npy"))
-    except (OSError, ValueError):
+def open_cache(file):
+    """(N, 4, size, size) uint8 memory map, RGB and labels, or RGB alone; N = 0 without a finished cache."""
+    with suppress(OSError, ValueError, EOFError):
+        return np.load(file, mmap_mode="r")
+    return np.empty((0, 4, 1, 1), np.uint8)
+
+
+def fit(dataset, image, labels):
+    """The centre squares of image (h, w, 3) and labels (h, w) or None, (4 or 3, size, size) uint8."""
+    if image is None:
         return None
-
-
-def fit(pixels, dataset):
-    """The centre square of an image (h, w, 3) or labels (h, w) in the size of the set, channels first."""
-    if pixels is None:
-        return None
-    height, width = pixels.shape[:2]
+    height, width = image.shape[:2]
     side = dataset.crop or min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = Image.fromarray(np.ascontiguousarray(pixels[top:top + side, left:left + side]))
-    resized = square.resize((dataset.size,) * 2, Image.BILINEAR if pixels.ndim == 3 else Image.NEAREST)
-    return np.moveaxis(np.asarray(resized), -1, 0) if pixels.ndim == 3 else np.asarray(resized)
+    left, top = (width - side) // 2, (height - side) // 2
+
+    def resized(pixels, how):
+        square = Image.fromarray(np.ascontiguousarray(pixels[top:top + side, left:left + side]))
+        return np.asarray(square.resize((dataset.size, dataset.size), how))
+
+    channels = np.moveaxis(resized(image, Image.BILINEAR), 2, 0)
+    return channels if labels is None else np.concatenate([channels, resized(labels, Image.NEAREST)[None]])
 
 
-def write_arrays(folder, dataset, items, decode, limit):
-    """Stream scenes into images.npy and labels.npy; return positions kept, of how many, whether labelled."""
-    kept, total, labelled = [], 0, False
-    with open(folder / "images.npy", "wb") as image_file, open(folder / "labels.npy", "wb") as label_file:
-        for file in (image_file, label_file):
-            file.seek(128)  # numpy pads its header to this length, whatever the number of scenes
-        scenes = prefetch(lambda item: [fit(pixels, dataset) for pixels in decode(item)], items,
-                          depth=8, threads=os.cpu_count())
-        for total, (image, labels) in enumerate(scenes, 1):
-            if image is None:
-                continue
-            kept.append(total - 1)
-            labelled = labels is not None
-            image_file.write(image.tobytes())
-            label_file.write(labels.tobytes() if labelled else bytes(dataset.size ** 2))
-            if len(kept) == limit:
-                break
-        for file, shape in (image_file, (3, dataset.size, dataset.size)), (label_file, (dataset.size,) * 2):
-            file.seek(0)
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": "|u1", "fortran_order": False, "shape": (len(kept), *shape)})
-    return kept, total, labelled
-
-
-def build_cache(folder, dataset, items, decode, limit, split):
-    """Decode into `folder`, which appears only when it is whole: nothing stays behind after an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as temporary:
-        new = Path(temporary, "new")
-        new.mkdir()
-        kept, total, labelled = write_arrays(new, dataset, items, decode, limit)
-        parts = {split: range(total)} if split else split_bounds(total, dataset.splits)
-        splits = {name: np.searchsorted(kept, (at.start, at.stop)).tolist() for name, at in parts.items()}
-        (new / "info.json").write_text(json.dumps({"splits": splits, "labelled": labelled}))
-        for old in folder.parent.glob(folder.name.rsplit("-", 1)[0] + "-*"):  # of a source that has changed
-            if open_cache(folder) is None or old != folder:
-                shutil.rmtree(old, ignore_errors=True)
-        if kept:
-            with suppress(OSError):  # another process was faster
-                os.replace(new, folder)
+def write_cache(file, dataset, items, decode, limit):
+    """Stream scenes into `file`, which appears only when it is whole: nothing stays behind after an error."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=file.parent) as folder:
+        new, shape = Path(folder, "new.npy"), (0,)
+        with open(new, "wb") as out:
+            out.seek(128)  # numpy pads its header to this length, whatever the number of scenes
+            for scene in prefetch(lambda item: fit(dataset, *decode(item)), items, 8, os.cpu_count()):
+                if scene is not None:
+                    out.write(scene.tobytes())
+                    shape = (shape[0] + 1, *scene.shape)
+                if shape[0] == limit:
+                    break
+            out.seek(0)
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(out, header)
+        for old in file.parent.glob(file.name.rsplit("-", 1)[0] + "-*"):  # of a source that has changed
+            old.unlink(missing_ok=True)
+        if shape[0]:
+            os.replace(new, file)
 
 
 def load(name, split, data_dir="datasets", limit=None, size=None):
@@ -594,25 +549,24 @@ def load(name, split, data_dir="datasets", limit=None, size=None):
     if name not in DATASETS or split not in SPLITS:
         raise DataError(f"{name}, {split}: sets are {', '.join(DATASETS)}, splits {', '.join(SPLITS)}.")
     data_dir, dataset = Path(data_dir), replace(DATASETS[name], size=size or DATASETS[name].size)
-    path = data_dir / dataset.path
+    # a TFRecord file tells only at its end where its splits lie: all are decoded in one pass, where we can
+    together = dataset.masks and not limit and not dataset.most_objects
     try:
-        files, items, decode = dataset.reader(dataset, path, split, limit)
+        files, items, decode = dataset.reader(dataset, data_dir / dataset.path, None if together else split)
         facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        part = split if limit or dataset.reader is not read_records else None  # None: all splits together
-        version = digest((CACHE_VERSION, facts))
-        folder = cache_root(data_dir) / f"{name}-{dataset.size}-{part}-{limit}-{version}"
-        if open_cache(folder) is None:
-            minutes = sum(fact[1] for fact in facts) / 15e6 / 60
-            print(f"preparing {name} once, about {minutes:.1f} minutes, in {folder}", flush=True)
-            build_cache(folder, dataset, items, decode, limit, part)
-        cache = open_cache(folder)
+        part = "all" if together else f"{split}-{limit}"
+        cache = cache_root(data_dir) / f"{name}-{dataset.size}-{part}-{digest((CACHE_VERSION, facts))}.npy"
+        if not len(open_cache(cache)):
+            print(f"preparing {name} once, in {cache}", flush=True)
+            write_cache(cache, dataset, items, decode, limit)
     except OSError as error:
         raise DataError(f"{name}: {error}; check the path, permissions and room on the disk.") from None
-    start, stop = cache[0]["splits"][split] if cache else (0, 0)
-    if start == stop:
-        raise DataError(f"{path}: nothing there for the split '{split}' of {name}.")
-    info, images, labels = cache
-    return Scenes(images[start:stop], labels[start:stop], info["labelled"])
+    scenes = open_cache(cache)
+    at = split_bounds(len(scenes), dataset.splits)[split] if together else range(len(scenes))
+    if not at:
+        raise DataError(f"{data_dir / dataset.path}: nothing there for the split '{split}' of {name}.")
+    images, labels = scenes[at.start:at.stop, :3], scenes[at.start:at.stop, 3:]
+    return Scenes(images, labels[:, 0] if labels.size else np.zeros_like(images[:, 0]), labels.size > 0)
 
 
 # --- Batches ---
