@@ -28,8 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
-from matplotlib import pyplot as plt
-from matplotlib.colors import ListedColormap
+from matplotlib import colors, pyplot as plt
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
@@ -758,7 +757,7 @@ def plot_segmentations(model, scenes, device, path, rows=6):
     latents = model.encode(images)
     scene = model.render(latents, model.background(images)[:, :3])
     found, K = scene.weights.argmax(1).cpu(), latents.x.shape[1]
-    palette = ListedColormap(["black", *plt.get_cmap("tab10").colors, *plt.get_cmap("Set3").colors])
+    palette = colors.ListedColormap(["black", *plt.get_cmap("tab10").colors, *plt.get_cmap("Set3").colors])
     figure, axes = plt.subplots(len(images), 5 + K, figsize=(7 + 1.4 * K, 1.4 * len(images)), squeeze=False)
     titles = ["input", "reconstruction", "background", "segments", "true"]
     for axis, title in zip(axes[0], titles + [f"query {k}" for k in range(1, K + 1)]):
@@ -861,7 +860,8 @@ def train_and_evaluate(s, run, data_dir, device, only_evaluate):
         if s.generator.startswith("b") and source != "random" and not run.checkpoint.exists():
             model.feature_maps.load_backbone(source)
         scenes = data.load(s.dataset, "train", data_dir, limit, s.size)
-        val = data.load(s.dataset, "val", data_dir, min(s.limit or 256, 256), s.size)
+        val = data.load(s.dataset, "val", data_dir, limit, s.size)
+        val = dataclasses.replace(val, images=val.images[:256], labels=val.labels[:256])
         print(f"AST-Seg on {len(scenes)} {s.dataset} scenes of {s.size}x{s.size}, into {run.folder}:")
         announce(model, device, device_name)
         if not train(model, scenes, val, run, device):

@@ -1,10 +1,9 @@
-"""Every benchmark of the AST-Seg paper and its peers, from the public files, as uint8 images and label maps.
+"""Benchmarks of the AST-Seg paper and its peers, from the public files, as uint8 images and label maps.
 
     scenes = load("clevr", "train", data_dir="datasets")  # .images (N, 3, H, W), .labels (N, H, W)
     for images in Batches(scenes, batch_size=64, seed=0, start=0, stop=1000, device="cuda"): ...
 
-`DATASETS` is the table of them. The first use decodes a set, as a stream, into a `.npy` file, from then on a
-memory map. Whatever is wrong with a file ends in a `DataError`.
+`DATASETS` is their table. The first use decodes a set into a `.npy` file, from then on a memory map.
 """
 
 import gzip
@@ -13,11 +12,11 @@ import http.client
 import itertools
 import os
 import shutil
-import tarfile
 import tempfile
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -28,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.colors import hsv_to_rgb
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 SPLITS = ("test", "val", "train")  # in the order in which they lie in the public files
@@ -44,7 +43,7 @@ class Dataset:
     """One benchmark: where its files lie, how they are read, and what the model has to know about it.
 
     `reader(dataset, path, split)` returns the source files, the items, and a function from an item to image
-    (h, w, 3) and labels (h, w), uint8: labels None where there are none, image None to leave the scene out.
+    (h, w, 3) and labels (h, w), uint8, or None, None to leave the scene out.
     """
 
     reader: callable
@@ -53,9 +52,8 @@ class Dataset:
     background: str = "complex"  # architecture of the background model: simple, complex or small
     background_steps: int = 500_000  # length of phase 1
     size: int = 64  # side of the training images, in pixels
-    path: str = ""  # public name of the file or folder, directly under DATA_DIR
-    urls: tuple = ()  # what to download
-    source: tuple = (64, 64)  # height and width of the source; () stands for any
+    url: str = ""  # public address; its last part is the name under DATA_DIR
+    source: tuple = (64, 64)  # height and width of the source
     crop: int = 0  # side of the centre square that is kept, in source pixels; 0 for the largest
     splits: tuple = (0, 0, 0)  # published number of scenes in test, val, train
     masks: int = 0  # TFRecord: masks in a record, the background's included
@@ -67,11 +65,11 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Scenes:
-    """images: (N, 3, H, W) uint8 RGB; labels: (N, H, W) uint8, 0 = background (all 0 if not `labelled`)."""
+    """images: (N, 3, H, W) uint8 RGB; labels: (N, H, W) uint8, 0 = background, all 0 if not `labelled`."""
 
     images: np.ndarray
     labels: np.ndarray
-    labelled: bool
+    labelled: bool = True
 
     def __len__(self) -> int:
         return len(self.images)
@@ -87,10 +85,10 @@ def split_bounds(total, published) -> dict[str, range]:
 
 @contextmanager
 def readable(path, what):
-    """Turn whatever a damaged file raises, with Pillow almost anything, into a DataError."""
+    """Turn whatever a damaged file raises into a DataError."""
     try:
         yield
-    except Exception as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: {what} cannot be read ({error}); if it is damaged, replace it.") from error
 
 
@@ -161,9 +159,7 @@ def draw_shapes(rng, side):
 
 def draw_tm_dsprites(rng, side):
     """Textured Multi-dSprites (DRC supplement, A.5): 2-3 sprites on one of 20 sinusoidal textures, shifted.
-
-    The text gives no numbers. Ours: 2, 4, 6 or 8 waves, five orientations, sprites a quarter image wide.
-    """
+    The numbers are ours: 2, 4, 6 or 8 waves in five orientations, sprites a quarter image wide."""
     waves, angle = 2 + 2 * rng.integers(4), np.pi * rng.integers(5) / 5
     x = np.linspace(0, 2 * np.pi * waves, side)
     texture = np.sin(x * np.cos(angle) + x[:, None] * np.sin(angle) + rng.uniform(0, 2 * np.pi))
@@ -181,7 +177,6 @@ def read_drawn(draw, dataset, path, split):
         stream = {"train": 0, "test": 1, "val": 2}[split]
         image, labels = draw(np.random.default_rng((0, stream, i)), dataset.source[0])
         return (image * 255 + 0.5).astype(np.uint8), labels
-
     return [], tqdm(range(dataset.splits[SPLITS.index(split)]), leave=False, delay=1), decode
 
 
@@ -256,7 +251,6 @@ def feature(data, name, tags, size):
     """
     def varint(value):  # seven bits a byte, the lowest first
         return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
-
     header = b""
     for tag in tags:
         header = tag + varint(len(header) + size) + header
@@ -296,7 +290,7 @@ def read_records(dataset, path, split):
     A whole gzip stream vouches for its bytes at its end; otherwise the checksum of each record is computed.
     """
     if not path.exists():
-        download(dataset, path)
+        download(dataset.url, path)
     packed, wanted = is_gzip(path), range(sum(dataset.splits))
 
     def items():
@@ -317,100 +311,13 @@ def read_records(dataset, path, split):
             if (split or not packed) and masked_crc(data) != crc:
                 raise ValueError("wrong checksum")
             return decode_record(dataset, data)
-
     return [path], items(), decode
 
 
-# --- Image files ---
-def read_image(path, is_labels=False):
-    """(h, w, 3) uint8 RGB of an image of any mode, less its transparency; (h, w) uint8 of a label map."""
-    with readable(path, "the image"):
-        with Image.open(path) as image:
-            image.verify()  # the checksums of a PNG, which decoding alone skips
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-        pixels = np.asarray(image)
-        if path.suffix == ".map":  # ShapeStacks by GENESIS: a PNG, label = first channel / 32
-            return np.asarray(image.convert("RGB"))[..., 0] // 32
-        if is_labels and (pixels.ndim != 2 or pixels.max(initial=0) > 255):
-            raise ValueError("labels are the indices of a palette or grey values, up to 255")
-        if is_labels:
-            return pixels.astype(np.uint8)
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow's conversion would clip at 255
-            image = Image.fromarray((pixels / 257 + 0.5).clip(0, 255).astype(np.uint8))
-        return np.asarray(image.convert("RGB"))
-
-
-def read_pairs(dataset, pairs):
-    """The result of a reader for a list of (image path, label path or None)."""
-    def decode(pair):
-        image, labels = read_image(pair[0]), read_image(pair[1], is_labels=True) if pair[1] else None
-        expected = dataset.source or image.shape[:2]
-        for path, pixels in zip(pair, (image, labels)):
-            if path and pixels.shape[:2] != expected:
-                raise DataError(f"{path}: height, width are {pixels.shape[:2]}, not {expected}; replace it.")
-        return image, labels
-
-    files = [path for pair in pairs for path in pair if path and path.exists()]
-    return files, tqdm(pairs, leave=False, delay=1), decode
-
-
-def read_folder(ending, dataset, path, split):
-    """A tree of images, label maps NAME<ending>.png beside all or none: ClevrTex and its kin, the user's own.
-
-    ClevrTex is split in the order of its numbers, other images in that of hashes of their names.
-    """
-    if dataset.urls and not path.exists():
-        download(dataset, path)
-    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-    images = [p for p in path.rglob("*") if p.suffix.lower() in suffixes and not p.stem.endswith(ending)]
-    images.sort(key=lambda p: p.name if dataset.urls else digest(p.relative_to(path).as_posix()))
-    labels = [p.with_name(f"{p.stem}{ending}.png") for p in images]
-    missing = [p for p in labels if not p.exists()]
-    if missing and (dataset.urls or len(missing) < len(labels)):
-        raise DataError(f"{missing[0]}: this label map is missing; give all images one, or none.")
-    pairs = list(zip(images, [None] * len(images) if missing else labels))
-    return read_pairs(dataset, [pairs[i] for i in split_bounds(len(pairs), dataset.splits)[split]])
-
-
-def read_shapestacks(dataset, path, split):
-    """ShapeStacks: every view of the scenarios listed in splits/default, with the label maps of GENESIS."""
-    listing = path / "splits/default" / f"{'eval' if split == 'val' else split}.txt"
-    for needed in (path / "recordings", path / "iseg", listing):
-        if not needed.exists():
-            raise DataError(
-                f"{needed} is missing: unpack http://shapestacks-file.robots.ox.ac.uk/static/download/v1/"
-                f"shapestacks-{{meta,rgb}}.tar.gz into {path}, and as iseg/ there the labels from the Google "
-                "Drive that the README of github.com/applied-ai-lab/genesis links (it takes a browser).")
-    pairs = []
-    for scenario in listing.read_text().split():
-        for image in sorted((path / "recordings" / scenario).glob("rgb-*-cam_*.png")):
-            labels = f"iseg-w=0-f=0-l=0-c=original-cam_{image.stem.split('-cam_')[1]}.map"
-            pairs.append((image, path / "iseg" / scenario / labels))
-    return read_pairs(dataset, pairs)
-
-
 # --- Download ---
-def download(dataset, path):
-    """Fetch the files of a set, unpack archives and delete them; `path` appears only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.parent / url.rsplit("/", 1)[1] for url in dataset.urls]
-    for url, file in zip(dataset.urls, files):
-        if not file.exists():
-            fetch(url, file)
-    if files == [path]:
-        return
-    with tempfile.TemporaryDirectory(prefix=".unpack-", dir=path.parent) as folder:
-        for file in tqdm(files, desc="unpacking", leave=False):
-            with readable(file, "the archive"), tarfile.open(file) as archive:
-                archive.extractall(folder, filter="data")  # writes nothing outside of `folder`
-        os.replace(Path(folder, path.name), path)
-    for file in files:
-        file.unlink()
-
-
-def fetch(url, file):
+def download(url, file):
     """Download `url` to `file` by way of FILE.part, going on where an earlier attempt stopped."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     part, problem = file.with_name(f"{file.name}.part"), "the connection broke off again and again"
     for _ in range(5):  # a connection that is cut is taken up again
         done = part.stat().st_size if part.exists() else 0
@@ -420,7 +327,7 @@ def fetch(url, file):
                 done = done if reply.status == 206 else 0  # a server without Range starts from the beginning
                 total = done + int(reply.headers["Content-Length"] or 0)
                 print(f"downloading {url} ({total / 1e9:.1f} GB) to {file}", flush=True)
-                if shutil.disk_usage(file.parent).free < 2 * total - done:  # the file, and what is made of it
+                if shutil.disk_usage(file.parent).free < 2 * total - done:  # the file, and its cache
                     raise DataError(f"{file}: needs {2 * total / 1e9:.1f} GB of free disk; make room there.")
                 with (open(part, "ab" if done else "wb") as out,
                       tqdm.wrapattr(out, "write", total=total, initial=done, leave=False) as bar):
@@ -438,46 +345,26 @@ def fetch(url, file):
 
 # --- The table ---
 BUCKET = "https://storage.googleapis.com/multi-object-datasets"
-OXFORD = "https://thor.robots.ox.ac.uk/datasets/clevrtex"
 
 CLEVR = Dataset(
     read_records, slots=10, background="simple", background_steps=2500, size=128, source=(240, 320), crop=192,
-    path="clevr_with_masks_train.tfrecords", masks=11, splits=(10_000, 10_000, 50_000), gigabytes=10.5,
-    urls=(f"{BUCKET}/clevr_with_masks/clevr_with_masks_train.tfrecords",))
-CLEVRTEX = Dataset(
-    partial(read_folder, "_flat"), slots=10, anisotropic=True, size=128, source=(240, 320), crop=192,
-    path="clevrtex_full", splits=(5000, 5000, 40_000),
-    urls=tuple(f"{OXFORD}/clevrtex_full_part{i}.tar.gz" for i in range(1, 6)))
+    masks=11, splits=(10_000, 10_000, 50_000), gigabytes=10.5,
+    url=f"{BUCKET}/clevr_with_masks/clevr_with_masks_train.tfrecords")
 DATASETS = {
-    "shapes": Dataset(
-        partial(read_drawn, draw_shapes), slots=5, background="small", splits=(320, 320, 8192)),
-    "tm_dsprites": Dataset(
-        partial(read_drawn, draw_tm_dsprites), slots=3, size=128, source=(128, 128),
-        splits=(320, 320, 19_360)),
+    "shapes": Dataset(partial(read_drawn, draw_shapes), 5, background="small", splits=(320, 320, 8192)),
+    "tm_dsprites": Dataset(partial(read_drawn, draw_tm_dsprites), 3, size=128, source=(128, 128),
+                           splits=(320, 320, 19_360)),
     "clevr": CLEVR,
     "clevr6": replace(CLEVR, slots=6, most_objects=6),
-    "clevrtex": CLEVRTEX,
-    "camo": replace(
-        CLEVRTEX, path="clevrtex_camo", splits=(2000, 2000, 16_000),
-        urls=(f"{OXFORD}/clevrtex_camo.tar.gz",)),
-    "ood": replace(
-        CLEVRTEX, path="clevrtex_outd", splits=(10_000, 0, 0), urls=(f"{OXFORD}/clevrtex_outd.tar.gz",)),
     "objects_room": Dataset(
-        read_records, slots=3, anisotropic=True, path="objects_room_train.tfrecords", masks=7,
-        background_masks=4, splits=(10_000, 10_000, 980_000), gigabytes=7,
-        urls=(f"{BUCKET}/objects_room/objects_room_train.tfrecords",)),
-    "shapestacks": Dataset(read_shapestacks, slots=6, path="shapestacks", source=(224, 224), crop=196),
+        read_records, slots=3, anisotropic=True, masks=7, background_masks=4, gigabytes=7,
+        splits=(10_000, 10_000, 980_000), url=f"{BUCKET}/objects_room/objects_room_train.tfrecords"),
     "multi_dsprites": Dataset(
-        read_records, slots=4, path="multi_dsprites_colored_on_colored.tfrecords", masks=5, masks_last=True,
-        splits=(10_000, 10_000, 40_000),
-        urls=(f"{BUCKET}/multi_dsprites/multi_dsprites_colored_on_colored.tfrecords",)),
+        read_records, slots=4, masks=5, masks_last=True, splits=(10_000, 10_000, 40_000),
+        url=f"{BUCKET}/multi_dsprites/multi_dsprites_colored_on_colored.tfrecords"),
     "tetrominoes": Dataset(
         read_records, slots=3, background="simple", background_steps=2500, source=(35, 35), masks=4,
-        path="tetrominoes_train.tfrecords", splits=(10_000, 10_000, 40_000),
-        urls=(f"{BUCKET}/tetrominoes/tetrominoes_train.tfrecords",)),
-    "folder": Dataset(
-        partial(read_folder, "_mask"), slots=10, anisotropic=True, size=128, source=(),
-        splits=(10**9, 10**9, 8 * 10**9)),  # tenths of any number
+        splits=(10_000, 10_000, 40_000), url=f"{BUCKET}/tetrominoes/tetrominoes_train.tfrecords"),
 }
 
 
@@ -496,63 +383,62 @@ def cache_root(data_dir):
 
 
 def open_cache(file):
-    """(N, 4, size, size) uint8 memory map, RGB and labels, or RGB alone; N = 0 without a finished cache."""
+    """(N, 4, size, size) uint8 memory map, RGB and labels; N = 0 without a finished cache."""
     with suppress(OSError, ValueError, EOFError):
         return np.load(file, mmap_mode="r")
     return np.empty((0, 4, 1, 1), np.uint8)
 
 
 def fit(dataset, image, labels):
-    """The centre squares of image (h, w, 3) and labels (h, w) or None, (4 or 3, size, size) uint8."""
+    """The centre squares of image (h, w, 3) and labels (h, w), resized, as one (4, size, size) uint8."""
     if image is None:
         return None
-    height, width = image.shape[:2]
+    height, width = dataset.source
     side = dataset.crop or min(height, width)
     left, top = (width - side) // 2, (height - side) // 2
 
     def resized(pixels, how):
         square = Image.fromarray(np.ascontiguousarray(pixels[top:top + side, left:left + side]))
         return np.asarray(square.resize((dataset.size, dataset.size), how))
-
-    channels = np.moveaxis(resized(image, Image.BILINEAR), 2, 0)
-    return channels if labels is None else np.concatenate([channels, resized(labels, Image.NEAREST)[None]])
+    return np.concatenate([np.moveaxis(resized(image, Image.BILINEAR), 2, 0),
+                           resized(labels, Image.NEAREST)[None]])
 
 
 def write_cache(file, dataset, items, decode, limit):
     """Stream scenes into `file`, which appears only when it is whole: nothing stays behind after an error."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=file.parent) as folder:
-        new, shape = Path(folder, "new.npy"), (0,)
+        new, count = Path(folder, "new.npy"), 0
         with open(new, "wb") as out:
             out.seek(128)  # numpy pads its header to this length, whatever the number of scenes
-            for scene in prefetch(lambda item: fit(dataset, *decode(item)), items, 8, os.cpu_count()):
-                if scene is not None:
-                    out.write(scene.tobytes())
-                    shape = (shape[0] + 1, *scene.shape)
-                if shape[0] == limit:
-                    break
+            scenes = prefetch(lambda item: fit(dataset, *decode(item)), items, 8, os.cpu_count())
+            kept = (scene for scene in scenes if scene is not None)
+            for count, scene in enumerate(itertools.islice(kept, limit), 1):
+                out.write(scene.tobytes())
             out.seek(0)
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(out, header)
-        for old in file.parent.glob(file.name.rsplit("-", 1)[0] + "-*"):  # of a source that has changed
-            old.unlink(missing_ok=True)
-        if shape[0]:
+            shape = (count, 4, dataset.size, dataset.size)
+            np.lib.format.write_array_header_1_0(out, dict(descr="|u1", fortran_order=False, shape=shape))
+        if count:
             os.replace(new, file)
+    for old in file.parent.glob(file.name.rsplit("-", 1)[0] + "-*"):  # of a source that has changed
+        if old != file:
+            old.unlink(missing_ok=True)
 
 
 def load(name, split, data_dir="datasets", limit=None, size=None):
     """Scenes: the first `limit` (default: all) of the train, val or test split of a set of the table.
 
-    Looks under `data_dir`, downloads what a program can fetch, decodes on the first use. size: side of the
-    images in pixels, the set's own by default. Raises DataError.
+    Looks under `data_dir`, downloads what is not there, decodes on the first use. size: side of the images in
+    pixels, the set's own by default. Raises DataError.
     """
     if name not in DATASETS or split not in SPLITS:
         raise DataError(f"{name}, {split}: sets are {', '.join(DATASETS)}, splits {', '.join(SPLITS)}.")
-    data_dir, dataset = Path(data_dir), replace(DATASETS[name], size=size or DATASETS[name].size)
+    dataset = replace(DATASETS[name], size=size or DATASETS[name].size)
+    data_dir, path = Path(data_dir), Path(data_dir, Path(dataset.url).name)
     # a TFRecord file tells only at its end where its splits lie: all are decoded in one pass, where we can
     together = dataset.masks and not limit and not dataset.most_objects
     try:
-        files, items, decode = dataset.reader(dataset, data_dir / dataset.path, None if together else split)
+        files, items, decode = dataset.reader(dataset, path, None if together else split)
         facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         part = "all" if together else f"{split}-{limit}"
         cache = cache_root(data_dir) / f"{name}-{dataset.size}-{part}-{digest((CACHE_VERSION, facts))}.npy"
@@ -564,9 +450,8 @@ def load(name, split, data_dir="datasets", limit=None, size=None):
     scenes = open_cache(cache)
     at = split_bounds(len(scenes), dataset.splits)[split] if together else range(len(scenes))
     if not at:
-        raise DataError(f"{data_dir / dataset.path}: nothing there for the split '{split}' of {name}.")
-    images, labels = scenes[at.start:at.stop, :3], scenes[at.start:at.stop, 3:]
-    return Scenes(images, labels[:, 0] if labels.size else np.zeros_like(images[:, 0]), labels.size > 0)
+        raise DataError(f"{path}: nothing there for the split '{split}' of {name}.")
+    return Scenes(scenes[at.start:at.stop, :3], scenes[at.start:at.stop, 3])
 
 
 # --- Batches ---
