@@ -84,7 +84,7 @@ class Settings:
     backbone: str = setting("auto", "pretrained Segformer backbone: hub name or folder; auto: "
                                     "nvidia/mit-b3 for b3 and so on; random: none")
     # What lets a small model learn in minutes; off in the paper's settings
-    glimpse_size: int = setting(0, "side of a glimpse; 0: half the image's", (0, 4, 16, 32, 64, 128))
+    glimpse_size: int = setting(0, "side of a glimpse; 0: as in Table 2", (0, 4, 8, 16, 32, 64, 128))
     glimpse_channels: int = setting(0, "channels of its first layer; 0: twice that", (0, 32, 64, 128, 256))
     identity_init: bool = setting(False, "let the transformer start as the identity")
     refine_lr: float = setting(0.0, "learning rate of the transformer; 0: that of the rest")
@@ -94,7 +94,7 @@ class Settings:
     robust_warmup_steps: int = setting(0, "quadratic warm-up of the robustness of phase 1's loss; 0: none")
     # The run
     seed: int = setting(0, "seed of the weights, the batches and the dropout")
-    precision: str = setting("auto", "of the feature maps; auto: bfloat16 on a GPU, else float32",
+    precision: str = setting("auto", "of the feature maps; auto: bfloat16 (ours) on a GPU, else float32",
                              ("auto", "float32", "bfloat16"))
     limit: int = setting(0, "use at most so many scenes of each split; 0: all")
     log_every: int = setting(50, "steps between two lines of log.jsonl")
@@ -104,12 +104,12 @@ class Settings:
 
 # The laptop's settings, measured on two CPU cores; the README says why under "The small model".
 SHAPES = dict(
-    size=64, slots=5, generator="unet-small", background="small", glimpse_size=16, glimpse_channels=64,
+    size=64, slots=6, generator="unet-small", background="small", glimpse_size=16, glimpse_channels=64,
     background_steps=800, background_batch_size=32, background_lr=5e-4, robust_warmup_steps=720,
-    steps=4000, phase2_steps=2500, batch_size=32, lr=1e-3, warmup_steps=200, decay_at=0.75,
-    entropy_weight=5e-2, entropy_warmup_steps=3000, log_alpha_0=4.0, s_max=8.0,
+    steps=3600, phase2_steps=2250, batch_size=32, lr=1e-3, warmup_steps=200, decay_at=0.75,
+    entropy_weight=5e-2, entropy_warmup_steps=2700, log_alpha_0=4.0, s_max=8.0,
     d_t=128, d_ff=256, layers=3, identity_init=True, refine_lr=1e-4, refine_warmup_steps=1500,
-    finetune_lr=3e-4, switch_warmup_steps=100, validate_every=250, checkpoint_every=250)
+    finetune_lr=3e-4, switch_warmup_steps=100, validate_every=300, checkpoint_every=300)
 
 
 def make_settings(dataset="shapes", **given):
@@ -128,16 +128,17 @@ def make_settings(dataset="shapes", **given):
     if s.curriculum == "bt":
         s.background_steps = s.phase2_steps = 0
     s.phase2_steps = s.steps if s.curriculum == "frozen" else min(s.phase2_steps, s.steps)
-    at_least_1 = ("background_batch_size", "batch_size", "steps", "d_z_what", "d_t", "heads", "d_ff", "slots",
-                  "log_every", "validate_every", "checkpoint_every")
+    at_least_1 = ("background_batch_size", "steps", "d_z_what", "d_t", "heads", "d_ff", "slots", "log_every",
+                  "validate_every", "checkpoint_every")
     for f in dataclasses.fields(s):
         value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
         if f.metadata["choices"] and value not in f.metadata["choices"]:
             raise SettingsError(f"{flag} must be one of {str(f.metadata['choices'])[1:-1]}, not {value}.")
-        if f.type in (int, float) and f.name != "log_alpha_0" and not value >= (f.name in at_least_1):
-            raise SettingsError(f"{flag} must be at least {int(f.name in at_least_1)}, not {value}.")
-    if s.size not in (64, 128, 192):  # unet-small halves it six times; [38] ends below 200
-        raise SettingsError(f"--size must be 64, 128 or 192, not {s.size}.")
+        least = -math.inf if f.name == "log_alpha_0" else int(f.name in at_least_1)
+        if f.type in (int, float) and not (math.isfinite(value) and value >= least):
+            raise SettingsError(f"{flag} must be a number of at least {least}, not {value}.")
+    if s.size not in (64, 128, 192) or s.batch_size < 2:  # six halvings, [38] below 200; batch norm
+        raise SettingsError(f"--size must be 64, 128 or 192, not {s.size}, and --batch-size at least 2.")
     if s.d_t % s.heads or (s.identity_init and s.d_t < s.d_z_what + 7):
         raise SettingsError(f"--d-t must be a multiple of --heads and well above --d-z-what, not {s.d_t}.")
     if not 1 <= s.s_min < s.s_max:
@@ -147,17 +148,17 @@ def make_settings(dataset="shapes", **given):
 
 # --- 2. Motivation: attention maps and soft-argmax are what equivariance asks for -----------------
 def affine_localizer(phi, C=0.0):
-    """The one way to locate that is affine and equivariant (Proposition 2.1).
+    """The one way to locate that is equivariant and affine: sum a_i phi_i -> sum a_i M(phi_i) if sum a_i = 1.
 
     Let T shift an image: T_uv(phi)(i, j) = phi(i - u, j - v) (Eq. 1). A layer L should shift its map along
     with the image, L(T phi) = T L(phi) (Eq. 2), and convolutions do just that. But a position is no map. It
     lives in the plane, where T' shifts points: T'_uv(i, j) = (i + u, j + v). So of a localizer M we ask that
-    M(T phi) = T' M(phi) (Eq. 3). On maps that sum to 1, every affine M that does so is, for some constant C,
+    M(T phi) = T' M(phi) (Eq. 3). On maps that sum to 1, every affine M that does so is, with a constant C,
 
-        M(phi) = C + sum_p phi(p) p    (Eq. 4)
+        M(phi) = C + sum_p phi(p) p    (Eq. 4, Proposition 2.1)
 
-    The proof in one breath: phi is a mixture of shifted points, phi = sum_q phi(q) delta(. - q) (Eq. 5, 6);
-    each is found at M(delta) + q (Eq. 7), and as the phi(q) sum to 1, C = M(delta) is left (Eq. 8, 9).
+    The proof: phi is a mixture of shifted points, phi = sum_q phi(q) delta(. - q) (Eq. 5), M of it the same
+    mixture (Eq. 6) of M(delta) + q (Eq. 7); the phi(q) sum to 1, and C = M(delta) is left (Eq. 8, 9).
     This is why the rest of the model makes maps that sum to 1 and takes their centres of mass.
 
     phi: (..., h, w), summing to 1 over the last two; C: a number or (2,). Returns (..., 2): (x, y) in pixels,
@@ -188,7 +189,7 @@ SEGFORMERS = {  # depths, widths and heads of the four stages, width of the deco
     "b0": ((2, 2, 2, 2), (32, 64, 160, 256), (1, 2, 5, 8), 256),
     "b3": ((3, 4, 18, 3), (64, 128, 320, 512), (1, 2, 5, 8), 768)}
 UNETS = {  # widths from the first convolution to the centre, stride of the first convolution
-    "unet": ((80, 128, 192, 256, 256, 256), 1),  # Table 3 of the supplement
+    "unet": ((80, 128, 192, 256, 256, 256), 1),  # Table 3; what it calls d_Phi is K + d_phi here
     "unet-small": ((32, 48, 64, 64, 64), 4)}  # ours, for laptops
 
 
@@ -213,7 +214,7 @@ class Segformer(nn.Module):
                 raise ValueError("it lacks Segformer weights")
             self.net.segformer.load_state_dict(pretrained.state_dict())
         except Exception as e:  # the library has many ways to refuse a missing, damaged or foreign folder
-            raise SettingsError(f"Cannot load backbone {source} ({str(e).strip().splitlines()[0]}); check "
+            raise SettingsError(f"Cannot load backbone {source} ({repr(e).splitlines()[0]}); check "
                                 "its name and --generator, or use --backbone random.") from e
 
     def forward(self, images):
@@ -320,7 +321,7 @@ class Latents(NamedTuple):
     """What Algorithm 1 finds: K objects in each of n images."""
     x: torch.Tensor  # (n, K) in [-1, 1], over columns
     y: torch.Tensor  # (n, K) in [-1, 1], over rows
-    s: torch.Tensor  # (n, K, 1 | 2) in [s_min, s_max], inverse scale: a glimpse extends over 2 / s of 2
+    s: torch.Tensor  # (n, K, 1 | 2) in [s_min, s_max], inverse scale: a glimpse is 1 / s of the image wide
     log_alpha: torch.Tensor  # (n, K), log of the activation: how strongly the object claims its pixels
     z_what: torch.Tensor  # (n, K, d_z_what), its appearance
     attention: torch.Tensor  # (n, K, h*, w*), maps that sum to 1
@@ -350,7 +351,7 @@ def spatial_transformer(glimpses, x, y, s, h, w):
     s_x, s_y, zero = s[:, 0], s[:, -1], torch.zeros_like(x)
     theta = torch.stack([s_x, zero, -s_x * x, zero, s_y, -s_y * y], -1).view(-1, 2, 3)
     grid = F.affine_grid(theta, (len(glimpses), glimpses.shape[1], h, w), align_corners=False)
-    return F.grid_sample(glimpses, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return F.grid_sample(glimpses, grid, align_corners=False)  # -1, 1: the image's edges, as the authors do
 
 
 def layer_weights(masks, log_alpha, log_alpha_0):
@@ -436,7 +437,7 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg", tags=["obj
         super().__init__()
         s = self.settings = settings
         self.d_s = 2 if s.anisotropic else 1
-        d_phi = self.d_s + 1 + s.d_z_what  # phi_k = (s_k, alpha_k, z_k^what)
+        d_phi = self.d_s + 1 + s.d_z_what  # (s_k, alpha_k, z_k^what); the authors' code reads alpha in z_what
         self.feature_maps = (UNet if s.generator in UNETS else Segformer)(s.generator, s.slots + d_phi)
         self.refine = Refinement(d_phi + 2, s) if s.layers else nn.Identity()
         glimpse = s.glimpse_size or (32 if s.size <= 64 else 64 if s.size <= 128 else 128)  # Table 2
@@ -510,7 +511,7 @@ def reconstruction_loss(image_hat, image):
 
 def pixel_entropy_loss(weights):
     """Mean over pixels of the squared entropy of the weights, (n, K + 1, h, w): 0 where one layer takes all;
-    squared, for the gradient is not singular there. Returns a scalar in [0, log(K + 1)^2]."""
+    squared, so that the gradient stays finite there. Returns a scalar in [0, log(K + 1)^2]."""
     return (weights * (weights + 1e-20).log()).sum(1).square().mean()  # Eq. (21)
 
 
@@ -556,7 +557,7 @@ def make_optimizer(model, phase):
     s = model.settings
     background, refine = list(model.background.parameters()), list(model.refine.parameters())
     if phase == 1:
-        return torch.optim.Adam(background, betas=(0.9, 0.999), fused=True)
+        return torch.optim.Adam(background, betas=(0.9, 0.999), fused=True)  # as in [38]
     apart = {id(p) for p in background + refine}
     groups = [dict(params=[p for p in model.parameters() if id(p) not in apart], rate=())]
     if refine:
@@ -568,11 +569,13 @@ def make_optimizer(model, phase):
 
 def train(model, train_scenes, val_scenes, run, device):
     """All three phases, from the run's checkpoint on. What is random in a step depends on (seed, step) alone,
-    so that an interrupted run ends in the same weights, bit for bit. Returns False if the user stopped it."""
+    so that an interrupted run ends in the same weights: bit for bit on a CPU; on a GPU the gradient of
+    grid_sample adds in no fixed order. Returns False if the user stopped it."""
     s, phase, stop = model.settings, 0, []
-
     total = s.background_steps + s.steps
     t, seconds, optimizer_state = run.restore(model)
+    kept = [json.dumps(line) + "\n" for line in run.read_log() if line["t"] <= t]  # the rest will be redone
+    replace(run.log_file, lambda path: path.write_text("".join(kept)))
     began = time.time() - seconds  # had it never been interrupted
     handlers = {number: signal.signal(number, lambda number, _: stop.append(number))  # end the step first
                 for number in (signal.SIGINT, signal.SIGTERM)}
@@ -627,12 +630,11 @@ class Run:
         if self.checkpoint.exists():
             theirs = self.load()["settings"]
             other = [f"{k} = {theirs.get(k)} there, {v} here" for k, v in self.settings.items()
-                     if theirs.get(k) != v]
+                     if theirs.get(k) != v and not k.endswith("_every")]
             if other:
                 raise SettingsError(f"{folder} is a run with other settings ({'; '.join(other[:3])}): repeat "
                                     "the flags it was started with, or choose another --out.")
-        elif self.folder.exists() and (not self.folder.is_dir() or
-                                         any(path.suffix != ".part" for path in self.folder.iterdir())):
+        elif self.folder.is_file() or any(path.suffix != ".part" for path in self.folder.glob("*")):
             raise SettingsError(f"{folder} is no run of ours, yet not empty; choose another --out.")
 
     def load(self):
@@ -650,8 +652,6 @@ class Run:
             self.save(model, None, 0, 0.0)
         saved = self.load()
         model.load_state_dict(saved["model"])
-        kept = [line for line in self.read_log() if line["t"] <= saved["t"]]  # the rest is about to be redone
-        replace(self.log_file, lambda path: path.write_text("".join(json.dumps(x) + "\n" for x in kept)))
         return saved["t"], saved["seconds"], saved["optimizer"]
 
     def save(self, model, optimizer, t, seconds):
@@ -688,14 +688,14 @@ def pairwise_iou(table):
 
 def mean_iou(pred, true, table=None):
     """mIoU as ClevrTex [29] has it: predicted and true segments, background included, are matched one to one
-    for the largest sum of IoUs, which is divided by the number of pairs of which either is not empty.
+    for the largest sum of IoUs, which is divided by the number of segments of the side that has more.
     Labels (n, h, w) -> (n,) in [0, 1]. table: their contingency, if it is there already."""
     table = contingency(pred, true) if table is None else table
     iou, in_pred, in_true = (v.numpy() for v in (pairwise_iou(table), table.sum(2) > 0, table.sum(1) > 0))
     scores = np.empty(len(iou))
     for i in range(len(iou)):
-        p, t = linear_sum_assignment(iou[i], maximize=True)
-        scores[i] = iou[i, p, t].sum() / (in_pred[i, p] | in_true[i, t]).sum()
+        matching = linear_sum_assignment(iou[i], maximize=True)
+        scores[i] = iou[i][matching].sum() / max(in_pred[i].sum(), in_true[i].sum())
     return torch.from_numpy(scores)
 
 
@@ -835,7 +835,7 @@ def announce(model, device, device_name):
                                      (2, s.phase2_steps, s.batch_size),
                                      (3, s.steps - s.phase2_steps, s.batch_size)):
         print(f"  phase {phase}: {steps} steps of {batch_size} images")
-        n = batch_size if device.type == "cuda" else min(8, batch_size)
+        n = batch_size if device.type == "cuda" else min(16, batch_size)
         for _ in range(2 if steps else 0):  # the first one is slower
             began = time.time()
             training_loss(trial, torch.rand(n, 3, s.size, s.size, device=device), phase, 0)[0].backward()
@@ -873,8 +873,8 @@ def train_and_evaluate(s, run, data_dir, device, only_evaluate):
     scores = evaluate(model, test, device, progress=True)
     results = {"dataset": s.dataset, "split": "test", "images": len(test),
                **{name: float(values.mean()) for name, values in scores.items()},
-               "steps": s.steps, "seconds": run.load()["seconds"], "device": device_name, "seed": s.seed,
-               "torch": torch.__version__, "settings": dataclasses.asdict(s)}
+               "steps": max(0, run.load()["t"] - s.background_steps), "seconds": run.load()["seconds"],
+               "device": device_name, "torch": torch.__version__, "settings": dataclasses.asdict(s)}
     replace(run.folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
     plot_segmentations(model, test, device, run.folder / "segmentations.png")
     plot_curves(run.read_log(), run.folder / "curves.png")
@@ -891,7 +891,7 @@ def main(arguments=None):
         s = make_settings(**flags)
         run = Run(out or f"runs/{s.dataset}", s)
         return train_and_evaluate(s, run, data_dir, pick_device(device), only_evaluate)
-    except (SettingsError, data.DataError) as e:
+    except (SettingsError, data.DataError, OSError) as e:
         print(f"ast_seg.py: {e}", file=sys.stderr)
         return 2
 

@@ -47,7 +47,7 @@ class Dataset:
     """
 
     reader: callable
-    slots: int  # K, the largest number of objects
+    slots: int  # K, the largest number of objects (shapes: two more)
     anisotropic: bool = False  # one scale for each axis instead of one for both
     background: str = "complex"  # architecture of the background model: simple, complex or small
     background_steps: int = 500_000  # length of phase 1
@@ -327,8 +327,8 @@ def download(url, file):
                 done = done if reply.status == 206 else 0  # a server without Range starts from the beginning
                 total = done + int(reply.headers["Content-Length"] or 0)
                 print(f"downloading {url} ({total / 1e9:.1f} GB) to {file}", flush=True)
-                if shutil.disk_usage(file.parent).free < 2 * total - done:  # the file, and its cache
-                    raise DataError(f"{file}: needs {2 * total / 1e9:.1f} GB of free disk; make room there.")
+                if shutil.disk_usage(file.parent).free < 4 * total - done:  # the file, and its cache
+                    raise DataError(f"{file}: needs {4 * total / 1e9:.1f} GB of free disk; make room there.")
                 with (open(part, "ab" if done else "wb") as out,
                       tqdm.wrapattr(out, "write", total=total, initial=done, leave=False) as bar):
                     shutil.copyfileobj(reply, bar)
@@ -336,7 +336,7 @@ def download(url, file):
                 return os.replace(part, file)
         except (http.client.HTTPException, OSError) as error:
             problem = error
-            if getattr(error, "code", 0) == 416:  # the part is longer than the file
+            if getattr(error, "code", 0) == 416:  # the part is as long as the file, or longer
                 part.unlink()
             elif isinstance(error, urllib.error.URLError):
                 break
@@ -351,7 +351,7 @@ CLEVR = Dataset(
     masks=11, splits=(10_000, 10_000, 50_000), gigabytes=10.5,
     url=f"{BUCKET}/clevr_with_masks/clevr_with_masks_train.tfrecords")
 DATASETS = {
-    "shapes": Dataset(partial(read_drawn, draw_shapes), 5, background="small", splits=(320, 320, 8192)),
+    "shapes": Dataset(partial(read_drawn, draw_shapes), 6, background="small", splits=(320, 320, 8192)),
     "tm_dsprites": Dataset(partial(read_drawn, draw_tm_dsprites), 3, size=128, source=(128, 128),
                            splits=(320, 320, 19_360)),
     "clevr": CLEVR,
