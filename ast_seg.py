@@ -279,7 +279,7 @@ def attend(attention, features):
     """
     xy = coordinates(*features.shape[-2:], features).expand(len(features), -1, -1, -1)
     values = torch.cat([features, xy], 1)  # (n, d + 2, h*, w*)
-    return torch.einsum("nkhw,ndhw->nkd", attention, values)  # Eq. (14), (15), (16)
+    return torch.einsum("nkhw,ndhw->nkd", attention, values)  # Eq. (14, 15, 16)
 
 
 class Refinement(nn.Module):
