@@ -853,9 +853,7 @@ def train_and_evaluate(s, run, data_dir, device, only_evaluate):
                    f"{device}, {torch.get_num_threads()} threads")
     if only_evaluate and not run.checkpoint.exists():
         raise SettingsError(f"{run.folder} holds no checkpoint to evaluate; train first, without --eval.")
-    if only_evaluate or run.checkpoint.exists() and run.load()["t"] == total:
-        print(f"Evaluating {run.folder}, after {run.restore(model)[0]} of {total} steps.")
-    else:
+    if not only_evaluate and not (run.checkpoint.exists() and run.load()["t"] == total):
         source = f"nvidia/mit-{s.generator}" if s.backbone == "auto" else s.backbone
         if s.generator.startswith("b") and source != "random" and not run.checkpoint.exists():
             model.feature_maps.load_backbone(source)
@@ -868,12 +866,13 @@ def train_and_evaluate(s, run, data_dir, device, only_evaluate):
             print(f"Stopped. The same command goes on from {run.checkpoint}.")
             return 130
     test = data.load(s.dataset, "test", data_dir, limit, s.size)
+    done, seconds, _ = run.restore(model)
     model.save_pretrained(run.folder / "model")
-
+    print(f"Evaluating {run.folder} after {done} of {total} steps.")
     scores = evaluate(model, test, device, progress=True)
     results = {"dataset": s.dataset, "split": "test", "images": len(test),
                **{name: float(values.mean()) for name, values in scores.items()},
-               "steps": max(0, run.load()["t"] - s.background_steps), "seconds": run.load()["seconds"],
+               "steps": max(0, done - s.background_steps), "seconds": seconds,
                "device": device_name, "torch": torch.__version__, "settings": dataclasses.asdict(s)}
     replace(run.folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
     plot_segmentations(model, test, device, run.folder / "segmentations.png")

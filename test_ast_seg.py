@@ -92,6 +92,7 @@ def test_a_shorter_run_keeps_its_proportions():
     (dict(d_t=60), "--d-t"), (dict(d_t=32, identity_init=True), "--d-t"), (dict(s_min=-1.0), "--s-min"),
     (dict(s_min=5.0, s_max=4.0), "--s-min"), (dict(generator="resnet"), "--generator"),
     (dict(curriculum="none"), "--curriculum"), (dict(slots=0), "--slots"),
+    (dict(batch_size=1), "--batch-size"), (dict(lr=math.inf), "--lr"),
     (dict(glimpse_size=24), "--glimpse-size"), (dict(glimpse_channels=56), "--glimpse-channels")])
 def test_settings_that_cannot_work_are_refused_in_one_sentence(given, flag):
     with pytest.raises(ast_seg.SettingsError, match=flag) as refusal:
