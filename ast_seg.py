@@ -141,8 +141,8 @@ def affine_localizer(phi, C=0.0):
 
 def spatial_softmax(logits, window=0):
     """(..., h, w), any range -> (..., h, w), not negative and summing to 1 over the last two (Eq. 11).
-    window: only so many cells (odd) around the peak count, the rest is 0 (keypoint supplement, Eq. 5). What follows
-    is still equivariant, yet no longer affine: of the mean of two maps it may see one peak alone."""
+    window: only so many cells (odd) around the peak count, others are 0 (keypoint supplement, Eq. 5). What
+    follows is still equivariant, yet no longer affine: of the mean of two maps it may see one peak alone."""
     if window:
         (h, w), peak = logits.shape[-2:], logits.flatten(-2).argmax(-1)[..., None]  # (..., 1)
         rows = (torch.arange(h, device=logits.device) - peak // w).abs() <= window // 2  # (..., h)
