@@ -59,7 +59,7 @@ class Settings:
     phase2_steps: int = setting(30_000, "of these, steps of phase 2 (frozen background)")
     warmup_steps: int = setting(5000, "quadratic warm-up of the learning rate")
     entropy_warmup_steps: int = setting(10_000, "N_pixel, quadratic warm-up of lambda_pixel (Eq. 22)")
-    log_alpha_0: float = setting(11.0, "log of alpha_0, the background's first activation", least=-math.inf)
+    log_alpha_0: float = setting(11.0, "log of alpha_0, the background's first activation", least=-1e12)
     d_z_what: int = setting(32, "numbers in z_what, an object's appearance", least=1)
     entropy_weight: float = setting(1e-2, "lambda_pixel, weight of the pixel entropy loss (Eq. 22)")
     s_min: float = setting(1.3, "minimum inverse scale: above 1, no glimpse is the whole image", least=1)
@@ -69,14 +69,14 @@ class Settings:
     d_ff: int = setting(512, "width of its feed-forward part", least=1)
     layers: int = setting(6, "layers of the transformer encoder; 0: the model without transformer (Table 4)")
     # Sections 4 and 5, what depends on the dataset
-    size: int = setting(128, "side of the training images, in pixels", (64, 128, 192))  # [38]: below 200
+    size: int = setting(128, "side of the training images, in pixels", (64, 128, 192))
     slots: int = setting(10, "K, object queries: the maximum number of objects in a scene", least=1)
     anisotropic: bool = setting(False, "a scale for each axis, (s_x, s_y), instead of one")
     background: str = setting("simple", "width of the background model", ("small", "simple", "complex"))
     curriculum: str = setting("ct", "three phases; bt: 3 alone; frozen: 2 to the end", ("ct", "bt", "frozen"))
     generator: str = setting("b3", "of feature maps", ("tiny", "b3", "unet", "unet-small"))
     backbone: str = setting("auto", "of Segformer b3: hub name, folder or random; auto: nvidia/mit-b3")
-    window: int = setting(0, "soft-argmax over so many cells around the peak (keypoints, Eq. 5); 0: over all")
+    window: int = setting(0, "soft-argmax over so many cells (odd) squared around the peak; 0: over all")
     mask_noise: float = setting(0.0, "uniform noise on the masks in training (DTI-Sprites, C.4: 0.4)")
     # Ours, to learn in minutes on a laptop
     small: bool = setting(False, "a small model and a short schedule: values in [brackets], and what follows")
@@ -109,9 +109,9 @@ def make_settings(dataset="shapes", **given):
         s.background_steps = s.phase2_steps = 0
     s.phase2_steps = s.steps if s.curriculum == "frozen" else min(s.phase2_steps, s.steps)
     for f in dataclasses.fields(s):
-        value, wanted = getattr(s, f.name), f.metadata["choices"] or f"a number from {f.metadata['least']} on"
-        if (value not in wanted if f.metadata["choices"] else f.type in (int, float) and not (
-                math.isfinite(value) and value >= f.metadata["least"])):
+        value, choices, least = getattr(s, f.name), f.metadata["choices"], f.metadata["least"]
+        if value not in choices if choices else f.type in (int, float) and not least <= value < 1e12:
+            wanted = f"one of {choices}" if choices else f"a number from {least} to 1e12"
             raise SettingsError(f"--{f.name.replace('_', '-')} must be {wanted}, not {value}.")
     if s.d_t % s.heads or s.small and s.d_t < s.d_z_what + 7 or s.s_max <= s.s_min:
         raise SettingsError("--d-t must be a multiple of --heads over --d-z-what + 6, --s-max over --s-min.")
@@ -141,7 +141,7 @@ def affine_localizer(phi, C=0.0):
 
 def spatial_softmax(logits, window=0):
     """(..., h, w), any range -> (..., h, w), not negative and summing to 1 over the last two (Eq. 11).
-    window: only so many cells (odd) around the peak count, others are 0 (keypoint supplement, Eq. 5). What
+    window: only a square of so many cells (odd) a side around the peak counts (keypoints, Eq. 5). What
     follows is still equivariant, yet no longer affine: of the mean of two maps it may see one peak alone."""
     if window:
         (h, w), peak = logits.shape[-2:], logits.flatten(-2).argmax(-1)[..., None]  # (..., 1)
@@ -259,7 +259,7 @@ class Refinement(nn.Module):
         directions = torch.linalg.qr(random - random.mean(0))[0]  # (d_t, d + 1), orthonormal and of mean 0
         self.embed.weight.copy_(directions[:, :d])
         self.embed.bias.copy_(directions[:, d] * length)
-        self.project.weight.copy_(directions[:, :d].T * length / d_t ** 0.5)
+        self.project.weight.copy_(directions[:, :d].T * length / d_t ** 0.5)  # undoes the norm
         self.project.bias.zero_()
 
 class Latents(NamedTuple):
@@ -396,7 +396,7 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg", tags=["obj
 
     @torch.no_grad()
     def segment(self, images):
-        """(n, 3, h, w) in [0, 1] -> (n, h, w) int64, the layer of the largest weight, 0 the background."""
+        """(n, 3, size, size) in [0, 1] -> (n, size, size), the layer of largest weight, 0 the background."""
         latents = self.encode(images)
         masks = self.draw(latents, *images.shape[-2:])[1]
         return layer_weights(masks, latents.log_alpha, self.log_alpha_0).argmax(1)
@@ -629,21 +629,20 @@ PAPER = {  # Tables 1 to 3, three runs of AST-Seg-B3-BT and of -CT: mIoU, ARI-FG
 def evaluate(model, scenes, device, progress=False):
     """Each scene's scores by metric, arrays (N,), in the paper's units: percent, and the squared
     error summed over pixels and channels [29], alone where labels are unknown. Ends in evaluation mode."""
-    model.eval()
     metrics = METRICS if scenes.labelled else {}
     scores = {name: [] for name in (*metrics, "MSE")}
     for i in tqdm(range(0, len(scenes), 64), desc="evaluation", unit="batch", disable=not progress):
         images, true = (torch.from_numpy(np.array(array[i:i + 64])).to(device)
                         for array in (scenes.images, scenes.labels))
-        scene = model(images / 255)
+        scene = model.eval()(images / 255)
         table = contingency(scene.weights.argmax(1), true)
         for name, metric in metrics.items():
             scores[name].append(100 * metric(table))
-        scores["MSE"].append((scene.image - images / 255).square().flatten(1).sum(1).double().cpu())
+        scores["MSE"].append((scene.image - images / 255).square().flatten(1).sum(1).cpu().double())
     return {name: torch.cat(values).numpy() for name, values in scores.items()}
 
 # --- 5. Experimental results: pictures -------------------------------------------------------------
-PALETTE = np.array([(0, 0, 0), *plt.get_cmap("tab10").colors, *plt.get_cmap("Set3").colors])  # 0: background
+PALETTE = np.array([(0, 0, 0), *12 * (plt.get_cmap("tab10").colors + plt.get_cmap("Set3").colors)])[:256]
 
 def draw_grid(path, rows, titles, names=(), crosses={}, dpi=100):
     """Save rows of pictures: images (3, h, w) in [0, 1], maps (h, w) or labels (h, w); None stays empty.
@@ -654,11 +653,11 @@ def draw_grid(path, rows, titles, names=(), crosses={}, dpi=100):
         axis.axis("off")
         axis.set_title("" if i else titles[j], fontsize=9, pad=3)
         axis.text(-1.05, 0, names[i] if names and j == 0 else "", fontsize=9, ha="right", va="center")
-        x = np.ones((3, 1, 1)) if rows[i][j] is None else np.asarray(rows[i][j].cpu())
-        x = x.transpose(1, 2, 0).clip(0, 1) if len(x) == 3 else PALETTE[x % 23] if x.dtype.kind in "iu" else x
+        x = np.ones((3, 1, 1)) if rows[i][j] is None else np.asarray(rows[i][j].detach().cpu())
+        x = x.transpose(1, 2, 0).clip(0, 1) if len(x) == 3 else PALETTE[x] if x.dtype.kind in "iu" else x
         axis.imshow(x, cmap="gray", vmin=0, extent=(-1, 1, 1, -1), interpolation="nearest")
         for x, y, k in crosses.get((i, j), ()):
-            axis.plot(float(x), float(y), "+", color=PALETTE[k % 23], ms=9, mew=2, scalex=False, scaley=False)
+            axis.plot(float(x), float(y), "+", color=PALETTE[k], ms=9, mew=2, scalex=False, scaley=False)
     figure.subplots_adjust(left, 0, 1, 1 - 0.2 / (1.3 * n + 0.2), 0.03, 0.03)
     figure.savefig(path, dpi=dpi)
     plt.close(figure)
@@ -695,7 +694,7 @@ class Pictures:
         for row, share, layer in zip(rows, shares, layers):
             row += [share.expand(3, -1, -1), share * layer]
         rows.append([None] * 5 + [self.scene.image[0]])
-        draw_grid(path, rows, ("attention", "glimpse o", "mask m", "layer L M", "share w", "w L"),
+        draw_grid(path, rows, ("input, attention", "glimpse o", "mask m", "layer L M", "share w", "w L"),
                   ["background", *(f"query {k + 1}" for k in range(K)), "sum"],
                   {(k + 1, 0): [(latents.x[0, k], latents.y[0, k], k + 1)] for k in range(K)})
 
@@ -706,11 +705,10 @@ class Pictures:
         moved = Latents(*(v[:1, k:k + 1].expand(len(true), *v[:1, k:k + 1].shape[1:]) for v in self.latents))
         moved = moved._replace(x=true[:, None].to(moved.y), y=0 * moved.y)
         slid = self.model.render(moved, self.scene.layers[:1, 0].expand(len(true), -1, -1, -1))
-        again, mask = self.model.encode(slid.image), slid.weights[:, 1:]
+        again, mask, side = self.model.encode(slid.image), slid.weights[:, 1:], slid.image.shape[-1]
         seen = self.model.render(again, slid.layers[:, 0]).weights[:, 1:].sum((2, 3)).argmax(1, keepdim=True)
         centre = soft_argmax(F.conv2d(mask, torch.full((1, 1, 9, 9), 0.25).to(mask), padding=4))[..., 0]
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-        side = self.images.shape[-1]
         for name, found in (("soft-argmax of a convolution", (2 * centre + 1) / side - 1),
                             ("the trained model", again.x.gather(1, seen))):
             axes[0].plot(true, found[:, 0].cpu(), label=name)
@@ -764,35 +762,36 @@ def pick_device(name):
     """The device, and what to call it."""
     try:
         name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as e:
+        device, _ = torch.device(name), torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise SettingsError(f"--device {name} is of no use here ({str(e).splitlines()[0]}); try auto.") from e
     gpu = device.type == "cuda"
     return device, torch.cuda.get_device_name(device) if gpu else f"cpu, {torch.get_num_threads()} threads"
 
 def train_run(s, run, data_dir, device, device_name):
     """Say what will be done, where, and about how long; train a run to its end."""
-    torch.manual_seed(s.seed)
     scenes, val = (data.load(s.dataset, split, data_dir, s.limit, s.size) for split in ("train", "val"))
     val = dataclasses.replace(val, images=val.images[:256], labels=val.labels[:256])
+    model = ASTSeg(s).to(device)  # one to take the time of a step with
+    for _ in range(2):  # the first step is slower
+        began = time.time()
+        training_loss(model, torch.rand(s.batch_size, 3, s.size, s.size, device=device), 3, 0)[0].backward()
+        model.log_alpha_0.grad.item()  # wait for the device
+    minutes = (time.time() - began) * (run.total - run.saved["t"]) / 60
+    print(f"AST-Seg on {len(scenes)} {s.dataset} scenes of {s.size}x{s.size}, into {run.folder}: "
+          f"{s.background_steps} steps of phase 1, {s.phase2_steps} of 2, {s.steps - s.phase2_steps} of 3,\n"
+          f"on {device_name}, about {minutes:.0f} minutes.", flush=True)
+    torch.manual_seed(s.seed)
     model = ASTSeg(s).to(device)
     if s.generator == "b3" and s.backbone != "random" and not run.checkpoint.exists():
         model.feature_maps.load_backbone("nvidia/mit-b3" if s.backbone == "auto" else s.backbone)
-    trial = ASTSeg(s).to(device)  # another such model, to take the time of a step
-    for _ in range(2):  # the first one is slower
-        began = time.time()
-        training_loss(trial, torch.rand(s.batch_size, 3, s.size, s.size, device=device), 3, 0)[0].backward()
-        trial.log_alpha_0.grad.item()  # wait for the device
-    print(f"AST-Seg on {len(scenes)} {s.dataset} scenes of {s.size}x{s.size}, into {run.folder}: "
-          f"{s.background_steps} steps of phase 1, {s.phase2_steps} of 2, {s.steps - s.phase2_steps} of 3,\n"
-          f"on {device_name}, about {(time.time() - began) * run.total / 60:.0f} minutes.", flush=True)
     train(model, scenes, val, run, device)
 
 def load_model(source, device):
     """The model of a run's folder, of a folder of its own, or of a name on the hub, in evaluation mode."""
     folder = Path(source, "model") if Path(source, "model").is_dir() else source
     try:
-        return ASTSeg.from_pretrained(folder).to(device).eval()
+        return ASTSeg.from_pretrained(folder, strict=True).to(device).eval()
     except Exception as e:  # the libraries have many ways to refuse a missing, damaged or foreign folder
         raise SettingsError(f"There is no model in {source} ({repr(e).splitlines()[0][:200]}): train one, or "
                             "give a run's folder or a name on the hub with --model.") from e
@@ -806,7 +805,8 @@ def evaluate_model(source, dataset, split, data_dir, limit, device, device_name)
     print(f"Evaluating {source} on {len(scenes)} {dataset} scenes ({split}).")
     scores = evaluate(model, scenes, device, progress=True)
     means = {name: values.mean().item() for name, values in scores.items()}
-    folder = folder if (dataset, split) == (s.dataset, "test") else folder / f"{dataset}-{split}"
+    if (dataset, split, limit) != (s.dataset, "test", s.limit):  # not the run's own result
+        folder = folder / (f"{dataset}-{split}" + f"-{limit}" * (limit > 0))
     folder.mkdir(parents=True, exist_ok=True)
     results = {"dataset": dataset, "split": split, "images": len(scenes), **means, "device": device_name,
                "trained": log[-1] if log else None, "settings": vars(s), "python": sys.version,
@@ -825,7 +825,7 @@ def evaluate_model(source, dataset, split, data_dir, limit, device, device_name)
 def print_table(dataset, runs, foreground):
     """Our scores, and the paper's for the dataset. runs: by name, mean by metric."""
     names = [name for name in (*METRICS, "MSE") if foreground or name not in ("IoU", "Dice")]
-    rows = {dataset: {k: k for k in names}}
+    rows = {f"on {dataset}": {k: k for k in names}}
     rows |= {name: {k: f"{v:.2f}" for k, v in means.items()} for name, means in runs.items()}
     if len(runs) > 1:
         columns = {k: [means[k] for means in runs.values()] for k in next(iter(runs.values()))}
@@ -838,13 +838,13 @@ def print_table(dataset, runs, foreground):
 @torch.no_grad()
 def segment_files(paths, source, out, device):
     """Label and overlay each image, in its own size, and say where its objects are, in its own pixels."""
-    files = [file for path in map(Path, paths) for file in sorted(path.rglob("*")) or [path]
-             if file == path or file.suffix.lower() in data.SUFFIXES]
+    files = [f for p in map(Path, paths) for f in ([p] if p.is_file() else sorted(p.rglob("*")))
+             if f == p or f.suffix.lower() in data.SUFFIXES]
     if not files:
         raise SettingsError(f"There is no image in {', '.join(paths)}; give images, or folders of them.")
     model, out, found = load_model(source, device), Path(out), {}
     out.mkdir(parents=True, exist_ok=True)
-    print(f"Segmenting {len(files)} images with {source} into {out}, on {device}.")
+    print(f"{len(files)} images with {source} on {device}; look at overlays, labels, objects.json in {out}.")
     for start in tqdm(range(0, len(files), 16), desc="segmenting", unit="batch"):
         images, size = [data.read_image(file, ()) for file in files[start:start + 16]], model.settings.size
         small = np.stack([Image.fromarray(image).resize((size, size), Image.BILINEAR) for image in images])
@@ -854,11 +854,12 @@ def segment_files(paths, source, out, device):
             zoom = max(1, max(h, w) / 512)  # larger pictures are drawn smaller, and their labels enlarged
             masks = model.draw(one, math.ceil(h / zoom), math.ceil(w / zoom))[1]
             labels = layer_weights(masks, one.log_alpha, model.log_alpha_0).argmax(1)[0].byte().cpu().numpy()
-            flat, stem = Image.fromarray(labels).resize((w, h), Image.NEAREST), name.replace("/", "_")
+            flat = Image.fromarray(labels).resize((w, h), Image.NEAREST)
+            stem = name.replace("_", "__").replace("/", "_")  # no two names become one
             flat.putpalette((255 * PALETTE).astype(np.uint8).tobytes())
             flat.save(out / f"{stem}_labels.png")
             labels, found[name] = np.asarray(flat), []
-            mix = np.where(labels[..., None] > 0, image / 2 + 127.5 * PALETTE[labels % 23], image)
+            mix = np.where(labels[..., None] > 0, image / 2 + 127.5 * PALETTE[labels], image)
             Image.fromarray(mix.astype(np.uint8)).save(out / f"{stem}_overlay.png")
             for k in np.unique(labels[labels > 0]).tolist():
                 rows, columns = np.nonzero(labels == k)
@@ -867,7 +868,6 @@ def segment_files(paths, source, out, device):
                 found[name].append({"label": k, "x": (x + 1) * w / 2, "y": (y + 1) * h / 2, "alpha": alpha,
                                     "s": one.s[0, k - 1].tolist(), "box": box, "area": len(rows)})
     replace(out / "objects.json", lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
-    print(f"Look at *_overlay.png, *_labels.png and objects.json in {out}.")
 
 def main(arguments=None):
     """Returns the exit code: 0, 2 for what cannot be done, 130 if the user stopped it."""
@@ -889,7 +889,7 @@ def main(arguments=None):
         print_table(dataset, runs, foreground)
         return 0
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on from the run's last checkpoint.", file=sys.stderr)
+        print("Stopped. With the same command a training goes on from its last checkpoint.", file=sys.stderr)
         return 130
     except (SettingsError, data.DataError, OSError) as e:
         hint = "; check the path, its permissions and the room on the disk" if isinstance(e, OSError) else ""
