@@ -1532,7 +1532,8 @@ def test_several_models_are_compared_in_one_table_with_mean_and_deviation(two_ru
     (("--limit=0", "--split=val"), "shapes-val", ["shapes", "val", 320]),
     (("--limit=5",), "shapes-test-5", ["shapes", "test", 5]),
     (("--dataset=tm_dsprites",), "tm_dsprites-test-12", ["tm_dsprites", "test", 12])], ids=str)
-def test_another_set_or_a_quick_look_goes_to_a_folder_of_its_own(more, folder, facts, two_runs, data_dir, capsys):
+def test_another_set_or_a_quick_look_goes_to_a_folder_of_its_own(
+        more, folder, facts, two_runs, data_dir, capsys):
     run, before = two_runs[0], contents(two_runs[0])
     assert evaluate(data_dir, "--model", run, *more) == 0
     assert "IoU" not in capsys.readouterr().out.replace("mIoU", "")  # it takes --foreground
