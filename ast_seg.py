@@ -634,11 +634,11 @@ def evaluate(model, scenes, device, progress=False):
     for i in tqdm(range(0, len(scenes), 64), desc="evaluation", unit="batch", disable=not progress):
         images, true = (torch.from_numpy(np.array(array[i:i + 64])).to(device)
                         for array in (scenes.images, scenes.labels))
-        scene = model.eval()(images / 255)
+        scene = model.eval()(images := images / 255)
         table = contingency(scene.weights.argmax(1), true)
         for name, metric in metrics.items():
             scores[name].append(100 * metric(table))
-        scores["MSE"].append((scene.image - images / 255).square().flatten(1).sum(1).cpu().double())
+        scores["MSE"].append((scene.image - images).square().flatten(1).sum(1).cpu().double())
     return {name: torch.cat(values).numpy() for name, values in scores.items()}
 
 # --- 5. Experimental results: pictures -------------------------------------------------------------
@@ -766,7 +766,7 @@ def pick_device(name):
     except (RuntimeError, AssertionError, ImportError) as e:
         raise SettingsError(f"--device {name} is of no use here ({str(e).splitlines()[0]}); try auto.") from e
     gpu = device.type == "cuda"
-    return device, torch.cuda.get_device_name(device) if gpu else f"cpu, {torch.get_num_threads()} threads"
+    return device, torch.cuda.get_device_name(device) if gpu else f"{name}, {torch.get_num_threads()} threads"
 
 def train_run(s, run, data_dir, device, device_name):
     """Say what will be done, where, and about how long; train a run to its end."""
