@@ -1,191 +1,668 @@
-"""AST-Seg: unsupervised multi-object segmentation using Attention and Soft-argmax, in one file.
+"""AST-Seg finds, segments and re-draws the objects of a scene without labels. Here is all of it.
 
-The sections below follow the paper by Sauvalle and de La Fortelle; read them side by side. In one breath: a
-Segformer turns the image into features and K attention maps (4.1); each map's centre of mass is an object's
-position, the features under it say what is there; a transformer refines both; a generator draws each object
-and a spatial transformer puts it in place; an autoencoder draws the background; all compete for every pixel.
+    Bruno Sauvalle and Arnaud de La Fortelle: Unsupervised Multi-Object Segmentation
+    Using Attention and Soft-argmax. WACV 2023; also on arXiv, with its supplement.
 
-    python ast_seg.py                                             # coloured shapes, on a laptop, in minutes
-    python ast_seg.py --dataset clevr --data-dir DIR              # the paper's model on CLEVR, on one GPU
-    python ast_seg.py --eval --model runs/clevr --dataset clevr6  # score it, on its own or another set
+A Segformer makes features and K attention maps. The centre of mass of a map is an object's place,
+the features under it say what is there; a transformer refines both. A generator draws the object,
+a spatial transformer places it, an autoencoder draws the background; all compete for each pixel.
+
+    python ast_seg.py                                             # coloured shapes, on a laptop
+    python ast_seg.py --dataset clevr --data-dir DIR              # the paper's model, on one GPU
+    python ast_seg.py --eval --model runs/clevr --dataset clevr6  # score it, here on another set
     python ast_seg.py --segment photos/ --model runs/clevr        # segment images of your own
 
-Shapes in comments: n images, K object queries, c channels, h x w pixels, h* x w* cells of a feature map.
+Shapes in comments: n images, K object queries, c channels, h x w pixels, h* x w* cells of a map.
 """
 import argparse
-import dataclasses
 import json
 import math
 import sys
 import time
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import tyro
 from huggingface_hub import PyTorchModelHubMixin
 from matplotlib import pyplot as plt
-from PIL import Image
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 from tqdm import tqdm
 
 import data
 
-# --- Settings: Table 1 of the supplement, the architecture, the run -------------------------------
-class SettingsError(ValueError):
-    """Settings, or a run's folder, that cannot work; the message says what to do, in one sentence."""
-
-def setting(default, help, choices=None, least=0):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})
-
-@dataclasses.dataclass
-class Settings:
-    """Table 1 of the supplement, in its order, then the rest. Fields are flags; defaults are the paper's."""
-    dataset: str = setting("clevr", "what to train on", tuple(data.DATASETS))
+# --- Configuration: Table 1 of the supplement, the architecture, the run ------------------------
+@dataclass
+class Config:
+    """Table 1 in its order, then the rest. Fields are flags; defaults, the paper's for CLEVR."""
+    dataset: Literal[tuple(data.DATASETS)] = "clevr"  # what to train on
     # Table 1, background model pretraining (phase 1)
-    background_batch_size: int = setting(128, "images per step in phase 1", least=1)
-    background_lr: float = setting(2e-3, "learning rate in phase 1, divided by 10 after 80%% of its steps")
-    background_steps: int = setting(2500, "steps of phase 1: 2500 for a fixed background, else 500000")
+    background_batch_size: int = 128  # images in a step of phase 1
+    background_lr: float = 2e-3  # learning rate of phase 1, a tenth after 80 percent of its steps
+    background_steps: int = 2500  # steps of phase 1: 2500 for a fixed background, else 500000
+
     # Table 1, foreground model training (phases 2 and 3)
-    batch_size: int = setting(64, "images per step in phases 2 and 3", least=2)  # two, for batch norm
-    lr: float = setting(4e-5, "learning rate in phases 2 and 3")
-    adam_beta1: float = setting(0.90, "Adam beta_1")
-    adam_beta2: float = setting(0.98, "Adam beta_2")
-    adam_epsilon: float = setting(1e-9, "Adam epsilon: tiny, as the first gradients are (see log_alpha_0)")
-    steps: int = setting(125_000, "steps of phases 2 and 3 together; the schedules scale with it", least=1)
-    phase2_steps: int = setting(30_000, "of these, steps of phase 2 (frozen background)")
-    warmup_steps: int = setting(5000, "quadratic warm-up of the learning rate")
-    entropy_warmup_steps: int = setting(10_000, "N_pixel, quadratic warm-up of lambda_pixel (Eq. 22)")
-    log_alpha_0: float = setting(11.0, "log of alpha_0, the background's first activation", least=-1e12)
-    d_z_what: int = setting(32, "numbers in z_what, an object's appearance", least=1)
-    entropy_weight: float = setting(1e-2, "lambda_pixel, weight of the pixel entropy loss (Eq. 22)")
-    s_min: float = setting(1.3, "minimum inverse scale: above 1, no glimpse is the whole image", least=1)
-    s_max: float = setting(24.0, "maximum inverse scale: the smallest glimpse still has a gradient")
-    d_t: int = setting(256, "d_T, width of the transformer encoder", least=1)
-    heads: int = setting(8, "heads of a transformer layer", least=1)
-    d_ff: int = setting(512, "width of its feed-forward part", least=1)
-    layers: int = setting(6, "layers of the transformer encoder; 0: the model without transformer (Table 4)")
-    # Sections 4 and 5, what depends on the dataset
-    size: int = setting(128, "side of the training images, in pixels", (64, 128, 192))
-    slots: int = setting(10, "K, object queries: the maximum number of objects in a scene", least=1)
-    anisotropic: bool = setting(False, "a scale for each axis, (s_x, s_y), instead of one")
-    background: str = setting("simple", "width of the background model", ("small", "simple", "complex"))
-    curriculum: str = setting("ct", "three phases; bt: 3 alone; frozen: 2 to the end", ("ct", "bt", "frozen"))
-    generator: str = setting("b3", "of feature maps", ("tiny", "b3", "unet", "unet-small"))
-    backbone: str = setting("auto", "of Segformer b3: hub name, folder or random; auto: nvidia/mit-b3")
-    window: int = setting(0, "soft-argmax over so many cells (odd) squared around the peak; 0: over all")
-    mask_noise: float = setting(0.0, "uniform noise on the masks in training (DTI-Sprites, C.4: 0.4)")
-    # Ours, to learn in minutes on a laptop
-    small: bool = setting(False, "a small model and a short schedule: values in [brackets], and what follows")
+    batch_size: int = 64  # images in a step of phases 2 and 3
+    lr: float = 4e-5  # learning rate of phases 2 and 3
+    adam_beta1: float = 0.90  # Adam beta_1
+    adam_beta2: float = 0.98  # Adam beta_2
+    adam_epsilon: float = 1e-9  # Adam epsilon: tiny, as the first gradients are (see log_alpha_0)
+    steps: int = 125_000  # steps of phases 2 and 3 together; their schedule scales with it
+    phase2_steps: int = 30_000  # of these, steps of phase 2
+    warmup_steps: int = 5000  # quadratic warm-up of the learning rate
+    entropy_warmup_steps: int = 10_000  # N_pixel, quadratic warm-up of lambda_pixel (Eq. 22)
+    log_alpha_0: float = 11.0  # log of alpha_0, the background's activation before training
+    d_z_what: int = 32  # numbers in z_what, an object's appearance
+    entropy_weight: float = 1e-2  # lambda_pixel, weight of the pixel entropy loss (Eq. 22)
+    s_min: float = 1.3  # smallest inverse scale: above 1, no glimpse is the whole image
+    s_max: float = 24.0  # largest inverse scale: the smallest glimpse still has a gradient
+    d_t: int = 256  # d_T, width of the transformer encoder
+    heads: int = 8  # attention heads of its layers
+    d_ff: int = 512  # width of its feed-forward layers
+    layers: int = 6  # its layers; 0: the model without transformer (Table 4)
+
+    # Sections 4 and 5
+    size: Literal[64, 128] = 128  # side of the training images, in pixels
+    slots: int = 10  # K, object queries: the largest number of objects in a scene
+    anisotropic: bool = False  # a scale for each axis, (s_x, s_y), instead of one
+    background: Literal["small", "simple", "complex"] = "simple"  # width of the background model
+    generator: Literal["b3", "tiny", "unet", "unet-small"] = "b3"  # of feature maps; b3: Segformer
+    backbone: str = "nvidia/mit-b3"  # pretrained part of b3: a hub name, a folder, or random
+    glimpse_size: Literal[0, 16, 32, 64] = 0  # side of the glimpses; 0: half the image's (Table 2)
+    curriculum: Literal["ct", "bt", "frozen"] = "ct"  # 3 phases; bt: 3 alone; frozen: 2 to the end
+    lr_drop_at: float = 0.9  # share of the steps after which the learning rate is a tenth
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the maps; auto: bf16 on a GPU
+    window: int = 0  # local soft-argmax, over window x window cells (odd); 0: over all
+    mask_noise: float = 0.0  # noise on the masks in training, instead of the entropy loss (0.4)
+
+    # What SMALL needs to learn in minutes; these defaults leave the paper's training as it is
+    identity_start: bool = False  # let the transformer start as the identity
+    refine_lr_factor: float = 1.0  # learning rate of the transformer, in units of lr
+    refine_warmup: float = 0.04  # its warm-up, as a share of the steps
+    phase3_warmup: float = 0.0  # another warm-up at the start of phase 3, as a share of the steps
+    background_lr_factor: float = 1.0  # learning rate of the background in phase 3, in units of lr
+    robustness_warmup: float = 0.0  # share of phase 1 over which its loss becomes robust
+
     # The run
-    seed: int = setting(0, "seed of the weights, the batches and the dropout")
-    precision: str = setting("auto", "of the maps; auto: bfloat16 on a GPU", ("auto", "float32", "bfloat16"))
-    limit: int = setting(0, "use at most so many scenes of each split; 0: all")
-    log_every: int = setting(50, "steps between two lines of log.jsonl", least=1)
-    validate_every: int = setting(2500, "steps between two scores on 256 validation scenes", least=1)
-    checkpoint_every: int = setting(1000, "steps between two checkpoints", least=1)
+    seed: int = 0  # of the weights, the batches and the dropout
+    limit: int = 0  # use at most so many scenes of each split; 0: all
+    log_every: int = 50  # steps between two lines of log.jsonl
+    validate_every: int = 2500  # steps between two scores and pictures of validation scenes
+    checkpoint_every: int = 1000  # steps between two checkpoints
 
-# What --small stands for, measured on two CPU cores; the README says why under "The small model".
-SMALL = dict(
-    small=True, size=64, generator="unet-small", background="small", background_steps=800,
-    background_batch_size=32, background_lr=5e-4, steps=3600, phase2_steps=2250, batch_size=32, lr=1e-3,
-    warmup_steps=200, entropy_weight=5e-2, entropy_warmup_steps=2700, log_alpha_0=4.0, s_max=8.0,
-    d_t=128, d_ff=256, layers=3, validate_every=300, checkpoint_every=300)
+    def __post_init__(self):
+        if self.curriculum == "bt":
+            self.background_steps = self.phase2_steps = 0
+        if self.curriculum == "frozen" or self.phase2_steps > self.steps:
+            self.phase2_steps = self.steps
+        least = {"batch_size": 2, "log_alpha_0": -1e6, **dict.fromkeys((  # 2: for batch norm
+            "steps", "background_batch_size", "slots", "d_z_what", "d_t", "d_ff", "heads", "s_min",
+            "log_every", "validate_every", "checkpoint_every"), 1)}
+        for name, value in asdict(self).items():
+            most = 1 if "beta" in name else 1e12
+            if not isinstance(value, str) and not least.get(name, 0) <= value < most:
+                flag = name.replace("_", "-")
+                raise data.UserError(f"--{flag} must be from {least.get(name, 0)} to {most:g}.")
+        if self.window and self.window % 2 == 0:
+            raise data.UserError("--window must be odd, so that the peak is in its middle.")
+        if self.s_max <= self.s_min:
+            raise data.UserError("--s-max must be larger than --s-min.")
+        if self.d_t % self.heads or self.d_t < self.d_z_what + 7:
+            raise data.UserError("--d-t must be a multiple of --heads and over --d-z-what + 6.")
 
-def make_settings(dataset="shapes", **given):
-    """The settings of a dataset, with the `given` ones on top; with other steps alone, warm-ups and phase 2
-    keep their share. Raises SettingsError for settings that cannot work."""
-    d = data.DATASETS[dataset]
-    usual = dict(size=d.size, slots=d.slots, anisotropic=d.anisotropic, background=d.background,
-                 background_steps=2500 if d.background == "simple" else 500_000)
-    usual = Settings(dataset, **usual | (SMALL if given.get("small", dataset == "shapes") else {}))
-    s = dataclasses.replace(usual, **given)
-    for name in {"phase2_steps", "warmup_steps", "entropy_warmup_steps"} - given.keys():
-        setattr(s, name, math.ceil(getattr(usual, name) * s.steps / usual.steps))
-    if s.curriculum == "bt":
-        s.background_steps = s.phase2_steps = 0
-    s.phase2_steps = s.steps if s.curriculum == "frozen" else min(s.phase2_steps, s.steps)
-    for f in dataclasses.fields(s):
-        value, choices, least = getattr(s, f.name), f.metadata["choices"], f.metadata["least"]
-        if value not in choices if choices else f.type in (int, float) and not least <= value < 1e12:
-            wanted = f"one of {choices}" if choices else f"a number from {least} to 1e12"
-            raise SettingsError(f"--{f.name.replace('_', '-')} must be {wanted}, not {value}.")
-    if s.d_t % s.heads or s.small and s.d_t < s.d_z_what + 7 or s.s_max <= s.s_min:
-        raise SettingsError("--d-t must be a multiple of --heads over --d-z-what + 6, --s-max over --s-min.")
-    return s
+SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default for shapes
+    size=64, batch_size=32, background_batch_size=32,  # less to compute in a step
+    d_t=128, d_ff=256, layers=3, glimpse_size=16,  # enough for few objects in 64 x 64 pixels
+    generator="unet-small",  # cheaper than a Segformer, and better without a pretrained backbone
+    background="small", background_lr=5e-4, background_steps=800,  # enough for plain backdrops
+    robustness_warmup=0.9,  # robust from the start, so small a model never leaves a constant grey
+    lr=1e-3, warmup_steps=200, steps=3600, phase2_steps=2250,  # fewer and larger steps
+    lr_drop_at=0.75,  # outlines become sharp only after the drop
+    log_alpha_0=4.0, s_max=8.0,  # visible sooner, and first glimpses of 14 pixels instead of 5
+    entropy_weight=5e-2, entropy_warmup_steps=2700,  # more, but later: early it puts them to sleep
+    identity_start=True,  # at such rates a random transformer sends all queries to one place,
+    refine_lr_factor=0.1, refine_warmup=5 / 12,  # and so does one that learns before the maps
+    phase3_warmup=1 / 36,  # the first step of a new Adam moves each weight by the full rate
+    background_lr_factor=0.3,  # at the full rate the background would draw objects itself
+    validate_every=200, checkpoint_every=200)
 
-# --- 2. Motivation: attention maps and soft-argmax are what equivariance asks for -----------------
-def affine_localizer(phi, C=0.0):
-    """The one way to locate that is equivariant and affine: sum a_i phi_i -> sum a_i M(phi_i) if sum a_i = 1.
+def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Config:
+    """The settings of a dataset as in the paper, or SMALL; with `steps`, their schedule scales."""
+    known = data.DATASETS[dataset]
+    config = Config(dataset, size=known.size, slots=known.slots, anisotropic=known.anisotropic,
+                    background=known.background)
+    if known.background != "simple":  # a background that varies takes longer to learn (5.1)
+        config.background_steps = 500_000
+    if small:
+        config = replace(config, **SMALL)
+    if steps > 0:
+        for name in ("phase2_steps", "warmup_steps", "entropy_warmup_steps"):
+            setattr(config, name, math.ceil(getattr(config, name) * steps / config.steps))
+        config.steps = steps
+    return config
 
-    Let T shift an image: T_uv(phi)(i, j) = phi(i - u, j - v) (Eq. 1). A layer L should shift its map along
-    with the image, L(T phi) = T L(phi) (Eq. 2), and convolutions do just that. But a position is no map. It
-    lives in the plane, where T' shifts points: T'_uv(i, j) = (i + u, j + v). So of a localizer M we ask that
-    M(T phi) = T' M(phi) (Eq. 3). On maps that sum to 1, every affine M that does so is, with a constant C,
+# --- 2. Motivation for using attention maps and soft-argmax for object localization -------------
+# A translation by (u, v) moves an image phi, and a point of the plane:
+#
+#     T_uv(phi)(i, j) = phi(i - u, j - v)    and    T'_uv(i, j) = (i + u, j + v)    Eq. (1)
+#
+# A layer L makes a map, and should move it when its input moves, as convolutions do. A localizer M
+# makes a position, and should move that:
+#
+#     L(T_uv phi) = T_uv L(phi)                                                     Eq. (2)
+#     M(T_uv phi) = T'_uv M(phi)                                                    Eq. (3)
+#
+# No M does so for a constant map, which stays the same when it moves. So take maps that sum to 1,
+# and let M be affine on them: M(sum_i a_i phi_i) = sum_i a_i M(phi_i) if the a_i sum to 1.
+#
+# Proposition 2.1. An affine M with Eq. 3 has the form, for some constant C,
+#
+#     M(phi) = C + sum_p phi(p) p                                                   Eq. (4)
+#
+# Proof. Let delta be the map with a 1 at the origin. Each map is a mixture of shifted deltas, with
+# weights phi(q) that sum to 1, so that M may be applied to each of them:
+#
+#     phi = sum_q phi(q) delta(. - q)                                               Eq. (5)
+#     M(phi) = M(sum_q phi(q) delta(. - q))                                         Eq. (6)
+#            = sum_q phi(q) M(delta(. - q)) = sum_q phi(q) (M(delta) + q)           Eq. (7)
+#            = (sum_q phi(q)) M(delta) + sum_q phi(q) q                             Eq. (8)
+#            = M(delta) + sum_q phi(q) q                                            Eq. (9)
+#
+# This is Eq. 4 with C = M(delta). So, to locate an object, make a map that sums to 1 and take its
+# centre of mass. A softmax makes any map A sum to 1, and the two together are the soft-argmax:
+#
+#     soft-argmax(A) = sum_p softmax(A)(p) p                                        Eq. (10)
 
-        M(phi) = C + sum_p phi(p) p    (Eq. 4, Proposition 2.1)
-
-    The proof: phi is a mixture of shifted points, phi = sum_q phi(q) delta(. - q) (Eq. 5), M of it the same
-    mixture (Eq. 6) of M(delta) + q (Eq. 7); the phi(q) sum to 1, and C = M(delta) is left (Eq. 8, 9).
-    This is why the rest of the model makes maps that sum to 1 and takes their centres of mass.
-
-    phi: (..., h, w), summing to 1 over the last two; C: a number or (2,). Returns (..., 2): (x, y) in pixels,
-    x along columns, y along rows, (0, 0) the first pixel."""
+def affine_localizer(phi: Tensor, C=0.0) -> Tensor:
+    """The only equivariant and affine way to locate. phi: (..., h, w), summing to 1 over both.
+    Returns (..., 2): (x, y) in pixels, x along columns, y along rows, (0, 0) the first pixel."""
     h, w = phi.shape[-2:]
     x = phi.sum(-2) @ torch.arange(w, dtype=phi.dtype, device=phi.device)
     y = phi.sum(-1) @ torch.arange(h, dtype=phi.dtype, device=phi.device)
     return C + torch.stack([x, y], -1)  # Eq. (4)
 
-def spatial_softmax(logits, window=0):
-    """(..., h, w), any range -> (..., h, w), not negative and summing to 1 over the last two (Eq. 11).
-    window: only a square of so many cells (odd) a side around the peak counts (keypoints, Eq. 5). What
-    follows is still equivariant, yet no longer affine: of the mean of two maps it may see one peak alone."""
-    if window:
-        (h, w), peak = logits.shape[-2:], logits.flatten(-2).argmax(-1)[..., None]  # (..., 1)
-        rows = (torch.arange(h, device=logits.device) - peak // w).abs() <= window // 2  # (..., h)
-        columns = (torch.arange(w, device=logits.device) - peak % w).abs() <= window // 2  # (..., w)
-        logits = logits.masked_fill(~(rows[..., None] & columns[..., None, :]), -math.inf)
-    return logits.flatten(-2).softmax(-1).view_as(logits)
+def spatial_softmax(logits: Tensor) -> Tensor:
+    """(..., h, w) of any range -> (..., h, w), positive and summing to 1 over the last two."""
+    return logits.flatten(-2).softmax(-1).view_as(logits)  # Eq. (11)
 
-def soft_argmax(logits, window=0):
-    """The differentiable arg-max: a softmax makes the map sum to 1, then Eq. 4 with C = 0 locates it.
-    logits: (..., h, w), any range. Returns (..., 2): (x, y) in pixels, x along columns, y along rows."""
-    return affine_localizer(spatial_softmax(logits, window))  # Eq. (10)
+def soft_argmax(logits: Tensor) -> Tensor:
+    """(..., h, w) of any range -> (..., 2): where the maximum is, in pixels, differentiably."""
+    return affine_localizer(spatial_softmax(logits))  # Eq. (10)
 
-# --- 4.1 Model architecture: feature maps and attention maps --------------------------------------
-SEGFORMERS = {  # depths, widths and heads of the four stages, width of the decoder
-    "tiny": ((1, 1, 1, 1), (16, 32, 64, 128), (1, 2, 4, 8), 64),  # ours, for laptops
-    "b3": ((3, 4, 18, 3), (64, 128, 320, 512), (1, 2, 5, 8), 768)}
-UNETS = {  # widths from the first convolution to the centre, stride of the first convolution
-    "unet": ((80, 128, 192, 256, 256, 256), 1),  # Table 3; what it calls d_Phi is K + d_phi here
-    "unet-small": ((32, 48, 64, 64, 64), 4)}  # ours, for laptops
+# --- 4.1 Model architecture: feature maps, attention maps, refinement (Algorithm 1) -------------
+SEGFORMERS = {
+    "b3": dict(depths=[3, 4, 18, 3], hidden_sizes=[64, 128, 320, 512],
+               num_attention_heads=[1, 2, 5, 8], decoder_hidden_size=768),
+    "tiny": dict(depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 64, 128],  # ours, for laptops
+                 num_attention_heads=[1, 2, 4, 8], decoder_hidden_size=64)}
 
 class Segformer(nn.Module):
-    """Images (n, 3, h, w) -> `channels` maps of a quarter of the resolution, (n, channels, h/4, w/4)."""
+    """Images (n, 3, h, w) in [0, 1] -> maps of a quarter of the side, (n, channels, h/4, w/4)."""
     def __init__(self, name, channels):
         super().__init__()
         from transformers import SegformerConfig, SegformerForSemanticSegmentation  # a slow import
-        depths, widths, heads, decoder = SEGFORMERS[name]
-        self.net = SegformerForSemanticSegmentation(SegformerConfig(
-            depths=list(depths), hidden_sizes=list(widths), num_attention_heads=list(heads),
-            decoder_hidden_size=decoder, num_labels=channels))
+        config = SegformerConfig(**SEGFORMERS[name], num_labels=channels)
+        self.net = SegformerForSemanticSegmentation(config)
 
-    def load_backbone(self, source):
-        """Take the backbone from a hub name or folder; the decoder stays random (section 5.1)."""
+    def load_backbone(self, source: str):
+        """Take the backbone from a hub name or a folder; the decoder stays random (5.1)."""
         from transformers import SegformerModel
-        try:
+        with data.usable(f"The backbone {source}", "check its name, or use --backbone random"):
             pretrained, info = SegformerModel.from_pretrained(source, output_loading_info=True)
             assert not info["missing_keys"], "it lacks Segformer weights"
             self.net.segformer.load_state_dict(pretrained.state_dict())
-        except Exception as e:  # the library has many ways to refuse a missing, damaged or foreign folder
-            raise SettingsError(f"Cannot load backbone {source} ({repr(e).splitlines()[0]}); check "
-                                "its name and --generator, or use --backbone random.") from e
 
     def forward(self, images):
         return self.net(images).logits
+
+def coordinates(h: int, w: int, like: Tensor) -> Tensor:
+    """Normalised coordinates of h x w cells, (2, h, w): x over columns, y over rows."""
+    x = torch.linspace(-1, 1, w, device=like.device, dtype=like.dtype)  # Eq. (12)
+    y = torch.linspace(-1, 1, h, device=like.device, dtype=like.dtype)  # Eq. (13)
+    return torch.stack([x.expand(h, w), y[:, None].expand(h, w)])
+
+def attend(attention: Tensor, features: Tensor) -> Tensor:
+    """What and where each query sees. attention: (n, K, h*, w*), maps that sum to 1. features:
+    Phi, (n, d, h*, w*). Returns triplets (phi_k^0, x_k^0, y_k^0) as one tensor, (n, K, d + 2)."""
+    xy = coordinates(*features.shape[-2:], features).expand(len(features), -1, -1, -1)
+    values = torch.cat([features, xy], 1)  # (n, d + 2, h*, w*)
+    # Each map is a softmax, so the average of the coordinates *is* the soft-argmax of Eq. 10, in
+    # units of half images. The features are averaged by the same weights.
+    return torch.einsum("nkhw,ndhw->nkd", attention, values)  # Eq. (14), (15), (16)
+
+class Refinement(nn.Module):
+    """Transformer encoder over the triplets, (n, K, d) -> (n, K, d): settles redundancies and
+    occlusions. No positional encoding: permuting the queries permutes what comes out."""
+    def __init__(self, d, config):
+        super().__init__()
+        self.embed = nn.Linear(d, config.d_t)
+        layer = nn.TransformerEncoderLayer(config.d_t, config.heads, config.d_ff, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
+        self.project = nn.Linear(config.d_t, d)
+        if config.identity_start:
+            self.start_as_identity()
+
+    def forward(self, triplets):
+        return self.project(self.encoder(self.embed(triplets)))
+
+    @torch.no_grad()
+    def start_as_identity(self, length=30.0):
+        """Ours, for large rates: a random transformer would move all positions off the image."""
+        # A layer adds what its two branches make. Their last weights become 0, so it adds nothing.
+        for layer in self.encoder.layers:
+            for weight in (*layer.self_attn.out_proj.parameters(), *layer.linear2.parameters()):
+                weight.zero_()
+        # What is left are layer norms: they subtract a token's mean, divide by its deviation. We
+        # embed along directions of mean 0, so nothing is subtracted. A long constant along one
+        # more direction all but decides the deviation, and the projection multiplies by it.
+        d_t, d = self.embed.weight.shape
+        random = torch.randn(d_t, d + 1)
+        directions = torch.linalg.qr(random - random.mean(0))[0]  # (d_t, d + 1), orthonormal
+        self.embed.weight.copy_(directions[:, :d])
+        self.embed.bias.copy_(directions[:, d] * length)
+        self.project.weight.copy_(directions[:, :d].T * length / d_t ** 0.5)
+        self.project.bias.zero_()
+
+class Latents(NamedTuple):
+    """The output of Algorithm 1: K objects in each of n images."""
+    x: Tensor  # (n, K) in [-1, 1], over columns
+    y: Tensor  # (n, K) in [-1, 1], over rows
+    s: Tensor  # (n, K, 1 or 2) in [s_min, s_max], inverse scale: a glimpse is 1/s of the image
+    log_alpha: Tensor  # (n, K), log of the activation: how strongly it claims its pixels
+    z_what: Tensor  # (n, K, d_z_what), its appearance
+    attention: Tensor  # (n, K, h*, w*), maps that sum to 1
+
+# --- 4.1 Model architecture: glimpses, spatial transformer, compositing (Algorithm 2) -----------
+def norm_celu(c):
+    return nn.Sequential(nn.GroupNorm(max(1, c // 16), c), nn.CELU())
+
+class GlimpseGenerator(nn.Sequential):
+    """z_what (m, d) -> glimpses (m, 4, size, size) in [0, 1]: colours o_k, mask m_k (Table 2)."""
+    def __init__(self, d, size):
+        c = max(64, 2 * size)
+        layers = [nn.Unflatten(1, (d, 1, 1)), nn.ConvTranspose2d(d, c, 2, 2, bias=False)]
+        for _ in range(int(math.log2(size)) - 2):  # 1x1 -> 2x2, then -> 4x4 -> 8x8 ...
+            layers += [norm_celu(c), nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)]
+            c = c // 2
+        layers += [norm_celu(c), nn.ConvTranspose2d(c, 4, 4, 2, 1)]  # ... -> size x size
+        super().__init__(*layers, nn.Sigmoid())
+
+def spatial_transformer(glimpses: Tensor, x: Tensor, y: Tensor, s: Tensor, h: int, w: int):
+    """STN [24]: glimpses (m, c, g, g) -> (m, c, h, w), each at (x, y), 1/s times as large as the
+    image, zeros around it. x, y: (m,) in [-1, 1]. s: (m, 1), or (m, 2) for (s_x, s_y)."""
+    # The matrix tells each pixel which point of the glimpse to show. Both reach from -1 to 1. Take
+    # x = 0.5, y = 0, s = 4: the pixel at (0.5, 0) shows the point (4 * 0.5 - 2, 0), the centre;
+    # the pixel at (0.75, 0) shows (1, 0), the right edge. So it is 0.5 wide, 1/4 of the image.
+    s_x, s_y = s[:, 0], s[:, -1]
+    zero = torch.zeros_like(x)
+    theta = torch.stack([
+        s_x, zero, -s_x * x,
+        zero, s_y, -s_y * y], -1).view(-1, 2, 3)
+
+    # Eq. 12 puts -1 and 1 at the centres of the outer cells; `align_corners=False` puts them at
+    # the border of the image, half a pixel further out. We follow the authors.
+    grid = F.affine_grid(theta, (*glimpses.shape[:2], h, w), align_corners=False)
+    return F.grid_sample(glimpses, grid, align_corners=False)
+
+def layer_weights(masks: Tensor, log_alpha: Tensor, log_alpha_0: Tensor) -> Tensor:
+    """How layers share each pixel: w_k = alpha_k M_k / sum_i alpha_i M_i, where M_0 = 1. masks:
+    (n, K, h, w) in [0, 1]. log_alpha: (n, K). Returns (n, K + 1, h, w); 0 is the background."""
+    # This is the softmax of log alpha_k + log M_k, which no alpha can overflow. Where M_k is 0 the
+    # logit is -inf, and log 1 is computed instead: log 0 must not even meet the gradient.
+    inside = masks > 0
+    log_masks = torch.where(inside, masks, 1.0).log()
+    logits = torch.where(inside, log_alpha[..., None, None] + log_masks, -math.inf)
+    background_logit = log_alpha_0.expand(len(masks), 1, *masks.shape[-2:])
+    return torch.cat([background_logit, logits], 1).softmax(1)  # Eq. (17)
+
+class Scene(NamedTuple):
+    """The output of Algorithm 2. Layer 0 is the background."""
+    image: Tensor  # (n, 3, h, w), the reconstruction X_hat
+    weights: Tensor  # (n, K + 1, h, w), w_k, summing to 1 over the layers
+    layers: Tensor  # (n, K + 1, 3, h, w), L_k
+
+# --- 4.1 Model architecture: the background model of reference [38] -----------------------------
+BACKGROUNDS = {  # (kind, image side): channels of the encoder; of the generator, image to code
+    ("simple", 64): ((3, 64, 160, 320, 160, 32, 16), (4, 144, 256, 512, 256, 32, 16)),
+    ("simple", 128): ((3, 64, 160, 320, 160, 160, 32, 16), (4, 144, 256, 512, 256, 256, 32, 16)),
+    ("complex", 64): ((3, 64, 160, 320, 160, 16, 16), (4, 144, 640, 1280, 640, 16, 16)),
+    ("complex", 128): ((3, 64, 320, 640, 640, 320, 16, 16), (4, 144, 640, 1280, 640, 320, 16, 16)),
+    ("small", 64): ((3, 8, 32, 64, 64, 64, 16), (4, 8, 32, 64, 64, 64, 16)),  # ours, for laptops
+    ("small", 128): ((3, 8, 32, 64, 64, 64, 64, 16), (4, 8, 32, 64, 64, 64, 64, 16))}
+
+class BackgroundBlock(nn.Sequential):
+    """Convolve a map with its cells' positions appended: they let 16 numbers draw a picture."""
+    def forward(self, x):
+        n, c, h, w = x.shape
+        position = coordinates(h, w, x) / 2 if h > 1 else x.new_ones(2, 1, 1)
+        return super().forward(torch.cat([x, position.expand(n, -1, -1, -1)], 1))
+
+class Background(nn.Sequential):
+    """Autoencoder: images (n, 3, size, size) -> (n, 4, size, size) in [0, 1], the background
+    without objects and the error expected in it. Its code, 16 numbers, has no room for objects."""
+    def __init__(self, kind, size):
+        e, g = BACKGROUNDS[kind, size]
+        encoder, generator = nn.Sequential(), nn.Sequential()
+        # Kernel, stride, padding and output padding: 128 -> 64 -> ... -> 4, then 4 -> 2 and 2 -> 1
+        geometry = [(5, 2, 2, 1)] * (len(e) - 3) + [(4, 2, 1, 0), (2, 1, 0, 0)]
+        for i, (kernel, stride, padding, rest) in enumerate(geometry):
+            down = nn.Conv2d(e[i] + 2, e[i + 1], kernel, stride, padding, bias=False)
+            up = nn.ConvTranspose2d(g[i + 1] + 2, g[i], kernel, stride, padding, rest, bias=False)
+            encoder.append(BackgroundBlock(down, norm_celu(e[i + 1])))
+            generator.insert(0, BackgroundBlock(up, norm_celu(g[i]) if i else nn.Sigmoid()))
+        super().__init__(encoder, generator)
+
+# --- 4.1 Model architecture: the whole model (Fig. 1) -------------------------------------------
+class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
+    """One batch of CLEVR on its way from pixels to the loss, with K = 10 queries and d_phi = 34:
+
+        images      (64, 3, 128, 128)       in [0, 1]
+        maps        (64, 10 + 34, 32, 32)   attention logits A_k, and features Phi
+        attention   (64, 10, 32, 32)        each map sums to 1                          Eq. 11
+        triplets    (64, 10, 34 + 2)        (phi_k, x_k, y_k), which are then refined   Eq. 14-16
+        latents     (64, 10) each           x, y, s, log_alpha; z_what: (64, 10, 32)    Algorithm 1
+        glimpses    (640, 4, 64, 64)        colours o_k and mask m_k of each object     Table 2
+        layers      (64, 11, 3, 128, 128)   L_k, the background first; masks M_k
+        weights     (64, 11, 128, 128)      w_k, which sum to 1 in each pixel           Eq. 17
+        image       (64, 3, 128, 128)       the reconstruction                          Eq. 18
+        loss        ()                                                                  Eq. 19-22
+
+    `save_pretrained(folder)` writes a model, `from_pretrained(folder or hub name)` reads it."""
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.d_s = 2 if config.anisotropic else 1
+        d_phi = self.d_s + 1 + config.d_z_what  # (s_k, alpha_k, z_k^what)
+        maps = UNet if config.generator in UNETS else Segformer
+        self.feature_maps = maps(config.generator, config.slots + d_phi)
+        self.refine = Refinement(d_phi + 2, config) if config.layers else nn.Identity()
+        glimpse_size = config.glimpse_size or config.size // 2
+        self.glimpse_generator = GlimpseGenerator(config.d_z_what, glimpse_size)
+        self.background = Background(config.background, config.size)
+        # Before alpha_0 = e^11 every object starts nearly invisible. The image is then linear in
+        # each w_k: a query feels its own gradient alone (Adam makes it large again), and finds
+        # where and what to draw before it appears and has to compete.
+        self.log_alpha_0 = nn.Parameter(torch.tensor(float(config.log_alpha_0)))
+
+    def encode(self, images: Tensor) -> Latents:
+        """Algorithm 1. images: (n, 3, h, w) in [0, 1]."""
+        config = self.config
+        bfloat16 = images.is_cuda if config.precision == "auto" else config.precision == "bfloat16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+            maps = self.feature_maps(images)
+        maps = maps.float()  # (n, K + d_phi, h*, w*); a soft-argmax needs all its digits
+        logits, features = maps[:, :config.slots], maps[:, config.slots:]
+        attention = spatial_softmax(logits)  # Eq. (11)
+        if config.window:
+            attention = local_softmax(logits, config.window)
+        triplets = self.refine(attend(attention, features))  # (n, K, d_phi + 2)
+        # With one scale the authors' program takes alpha from z_what; the paper splits as we do.
+        s, log_alpha, z_what, xy = triplets.split([self.d_s, 1, config.d_z_what, 2], -1)
+        s = config.s_min + (config.s_max - config.s_min) * s.sigmoid()
+        x, y = xy.clamp(-1, 1).unbind(-1)
+        return Latents(x, y, s, log_alpha.squeeze(-1), z_what, attention)
+
+    def draw(self, latents: Latents, h: int, w: int) -> tuple[Tensor, Tensor]:
+        """The objects in place: L_k (n, K, 3, h, w) and M_k (n, K, h, w), both in [0, 1]."""
+        glimpses = self.glimpse_generator(latents.z_what.flatten(0, 1))  # (n K, 4, g, g)
+        if self.training and self.config.mask_noise:
+            glimpses = add_mask_noise(glimpses, self.config.mask_noise)
+        x, y, s = latents.x.flatten(), latents.y.flatten(), latents.s.flatten(0, 1)
+        placed = spatial_transformer(glimpses, x, y, s, h, w).unflatten(0, latents.x.shape)
+        return placed[:, :, :3], placed[:, :, 3]
+
+    def render(self, latents: Latents, background: Tensor) -> Scene:
+        """Algorithm 2. background: (n, 3, h, w), the layer L_0."""
+        layers, masks = self.draw(latents, *background.shape[-2:])
+        weights = layer_weights(masks, latents.log_alpha, self.log_alpha_0)
+        layers = torch.cat([background[:, None], layers], 1)
+        image = (weights[:, :, None] * layers).sum(1)  # Eq. (18); an einsum is slower on a CPU
+        return Scene(image, weights, layers)
+
+    def forward(self, images: Tensor) -> Scene:
+        """images: (n, 3, size, size) in [0, 1]."""
+        return self.render(self.encode(images), self.background(images)[:, :3])
+
+    @torch.no_grad()
+    def segment(self, images: Tensor, h: int = 0, w: int = 0) -> Tensor:
+        """images (n, 3, size, size) in [0, 1] -> labels (n, h, w), by default of that size: the
+        layer of largest weight in each pixel, 0 for the background."""
+        latents = self.encode(images)
+        layers, masks = self.draw(latents, h or images.shape[2], w or images.shape[3])
+        return layer_weights(masks, latents.log_alpha, self.log_alpha_0).argmax(1)
+
+# --- 4.2.1 Loss function ------------------------------------------------------------------------
+def background_loss(output: Tensor, image: Tensor, robustness: float = 1.0) -> Tensor:
+    """The robust loss of [38] for phase 1: what is badly rebuilt must be an object, and hardly
+    counts. output: (n, 4, h, w) of the background model. image: (n, 3, h, w) in [0, 1].
+    robustness: 1 in [38]; ours may grow from 0, since at first everything is badly rebuilt."""
+    beta = 3 / 255
+    radius = image.shape[-1] // 75
+    # Smooth-L1: outliers pull no more than linearly, and below three grey levels it is smooth.
+    error = F.smooth_l1_loss(output[:, :3], image, beta=beta, reduction="none")
+    error = error.sum(1, keepdim=True)
+    noise = F.smooth_l1_loss(output[:, 3:], error.detach() / 3, beta=beta, reduction="none")
+    # tanh: a soft mask of the objects, 0 where the error is small and 1 where it is large.
+    mask = (error.detach() / 0.25).tanh()
+    # Blur: single pixels of an object may happen to have the background's colour.
+    mask = F.avg_pool2d(mask, 2 * radius + 1, 1, radius, count_include_pad=False)
+    # exp: weights from 1 for the background down to e^-6 = 0.0025 for objects.
+    weight = (-6 * robustness * mask).exp()
+    return (weight * (error + robustness * noise)).mean()
+
+def reconstruction_loss(image_hat: Tensor, image: Tensor) -> Tensor:
+    """Mean over pixels of the square of a pixel's L1 error. Both images: (n, 3, h, w)."""
+    local_error = (image_hat - image).abs().sum(1)  # Eq. (19)
+    return local_error.square().mean()  # Eq. (20)
+
+def pixel_entropy_loss(weights: Tensor) -> Tensor:
+    """Mean over pixels of the squared entropy of w, (n, K + 1, h, w): 0 where one layer takes all.
+    Squared, since -w log w has an infinite slope at w = 0, and its square none."""
+    return (weights * (weights + 1e-20).log()).sum(1).square().mean()  # Eq. (21)
+
+def warmup(step: float, steps: float) -> float:
+    """Quadratic warm-up, from 0 at step 0 to 1 from `steps` on."""
+    return min(1.0, step / steps) ** 2 if steps else 1.0
+
+def training_loss(model: ASTSeg, images: Tensor, phase: int, t: int) -> tuple[Tensor, dict]:
+    """The loss of step t of a run, and its parts by name. images: (n, 3, h, w) in [0, 1]."""
+    config = model.config
+    if phase == 1:
+        robustness = warmup(t, config.robustness_warmup * config.background_steps)
+        loss = background_loss(model.background(images), images, robustness)
+        return loss, {"background": loss}
+    scene = model(images)
+    reconstruction = reconstruction_loss(scene.image, images)
+    entropy = pixel_entropy_loss(scene.weights)
+    step = t - config.background_steps  # the paper counts from the start of phase 2
+    weight = warmup(step, config.entropy_warmup_steps) * config.entropy_weight
+    losses = {"reconstruction": reconstruction, "entropy": entropy}
+    return reconstruction + weight * entropy, losses  # Eq. (22)
+
+# --- 4.2.2 Curriculum training ------------------------------------------------------------------
+def phase_bounds(config: Config) -> dict:
+    """By phase: its first step, and the first one after it. Steps count through all of a run."""
+    end_1 = config.background_steps
+    end_2 = end_1 + config.phase2_steps
+    return {1: (0, end_1), 2: (end_1, end_2), 3: (end_2, end_1 + config.steps)}
+
+def learning_rate(config: Config, phase: int, t: int, group: str) -> float:
+    """The rate of step t of a run, for the `background`, `objects` or `refine` weights (5.1)."""
+    if phase == 1:
+        return config.background_lr * (0.1 if t >= 0.8 * config.background_steps else 1.0)
+    # Phases 2 and 3 have one schedule: a quadratic warm-up, then constant, at the end a tenth.
+    step = t - config.background_steps
+    rate = config.lr * warmup(step, config.warmup_steps)
+    if group == "refine":
+        late = warmup(step, config.refine_warmup * config.steps)
+        rate = config.lr * late * config.refine_lr_factor
+    if group == "background":
+        rate *= config.background_lr_factor
+    if phase == 3:
+        rate *= warmup(step - config.phase2_steps, config.phase3_warmup * config.steps)
+    return rate * (0.1 if step >= config.lr_drop_at * config.steps else 1.0)
+
+def make_optimizer(model: ASTSeg, phase: int) -> torch.optim.Adam:
+    """A new Adam, its moments 0, over what learns: in phase 2 all but the background, in 3 all."""
+    parts = {"background": [], "refine": [], "objects": []}
+    for name, parameter in model.named_parameters():
+        parts.get(name.split(".")[0], parts["objects"]).append(parameter)
+    groups = [{"name": name, "params": parameters} for name, parameters in parts.items()]
+    if phase == 1:
+        return torch.optim.Adam(groups[:1], betas=(0.9, 0.999), fused=True)  # as in [38]
+    betas = (model.config.adam_beta1, model.config.adam_beta2)
+    learning = groups[1:] if phase == 2 else groups
+    return torch.optim.Adam(learning, betas=betas, eps=model.config.adam_epsilon, fused=True)
+
+def train(config: Config, folder: Path, data_dir: str, device: torch.device):
+    """Train in three phases, or go on where a run in `folder` stopped. What is random depends on
+    (seed, step) alone, so that it ends in the same weights, bit for bit on a CPU; on a GPU the
+    gradient of grid_sample adds in no fixed order. Raises UserError."""
+    saved = data.load_checkpoint(folder, asdict(config))
+    total = config.background_steps + config.steps
+    if saved["t"] == total:
+        return
+    scenes = data.load(config.dataset, "train", data_dir, config.limit, config.size)
+    val_scenes = data.load(config.dataset, "val", data_dir, config.limit, config.size)[:256]
+    torch.manual_seed(config.seed)
+    model = ASTSeg(config).to(device)
+    if saved["t"]:
+        model.load_state_dict(saved["model"])
+    elif config.generator == "b3" and config.backbone != "random":
+        model.feature_maps.load_backbone(config.backbone)
+    data.save_checkpoint(folder, saved)
+    began = time.time() - saved["seconds"]  # had it never been interrupted
+    print(f"Training on {len(scenes)} {config.dataset} scenes of {config.size} x {config.size} "
+          f"pixels, on {device} with {torch.get_num_threads()} threads, into {folder}", flush=True)
+
+    for phase, (first, last) in phase_bounds(config).items():
+        start = max(first, saved["t"])
+        if start >= last:
+            continue
+
+        # Phase 1: the background learns. Phase 2: all else learns before it. Phase 3: both learn.
+        model.background.requires_grad_(phase != 2)
+        optimizer = make_optimizer(model, phase)
+        if start > first:
+            optimizer.load_state_dict(saved["optimizer"])
+        batch_size = config.background_batch_size if phase == 1 else config.batch_size
+        batches = data.batches(scenes, batch_size, config.seed, start, last, device)
+        bar = tqdm(batches, f"phase {phase}", last - first, initial=start - first, unit="step")
+
+        for t, images in enumerate(bar, start):
+            torch.manual_seed(config.seed * 1_000_003 + t)  # for the dropout
+            images = images.float() / 255  # (n, 3, h, w) in [0, 1]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, phase, t, group["name"])
+
+            model.train()
+            optimizer.zero_grad()  # before the forward pass: old gradients would live through it
+            loss, losses = training_loss(model, images, phase, t)
+            loss.backward()
+            optimizer.step()
+
+            done = t + 1
+            validate = done % config.validate_every == 0 or done == total
+            if validate or done % config.log_every == 0:  # only here we wait for the device
+                line = {"t": done, "phase": phase, "lr": group["lr"]}
+                line |= {name: loss.item() for name, loss in losses.items()}
+                line["seconds"] = time.time() - began
+                if validate:
+                    scores = evaluate(model, val_scenes, device)
+                    line |= {name: values.mean().item() for name, values in scores.items()}
+                saved["log"].append(line)
+                lines = "".join(json.dumps(line) + "\n" for line in saved["log"])
+                (folder / "log.jsonl").write_text(lines)
+                bar.set_postfix({k: line[k] for k in (*losses, "mIoU", "ARI-FG") if k in line})
+            if validate:
+                frame = folder / f"frames/{done:07}.png"
+                draw_segmentations(model, val_scenes, frame, f"phase {phase}, step {done}")
+                draw_curves(config, saved["log"], folder / "curves.png")
+                model.save_pretrained(folder / "model")
+            if done % config.checkpoint_every == 0 or done == last:
+                saved |= {"t": done, "seconds": time.time() - began, "model": model.state_dict(),
+                          "optimizer": optimizer.state_dict()}
+                data.save_checkpoint(folder, saved)
+
+# --- 5. Experimental results: metrics -----------------------------------------------------------
+def contingency(pred: Tensor, true: Tensor) -> Tensor:
+    """What all metrics start from: counts of the pixels with each pair of labels. pred, true:
+    (n, h, w), from 0 on. Returns (n, m, m) float64, [image, predicted, true]."""
+    n, m = len(pred), int(max(pred.max(), true.max())) + 1
+    image = torch.arange(n, device=pred.device)[:, None]
+    pairs = (image * m + pred.long().flatten(1)) * m + true.long().flatten(1)
+    return torch.bincount(pairs.flatten(), minlength=n * m * m).view(n, m, m).cpu().double()
+
+def pairwise_iou(table: Tensor) -> Tensor:
+    """(n, m, m): intersection over union of each predicted with each true segment, or 0."""
+    union = table.sum(2, keepdim=True) + table.sum(1, keepdim=True) - table
+    return table / union.clamp_min(1)
+
+def mean_iou(table: Tensor) -> Tensor:
+    """mIoU [29]: predicted and true segments, the background among them, are matched one to one
+    for the largest sum of IoUs, divided by the number of segments of the side with more."""
+    ious = pairwise_iou(table).numpy()
+    best = [iou[linear_sum_assignment(iou, maximize=True)].sum() for iou in ious]
+    segments = [(table.sum(side) > 0).sum(1) for side in (1, 2)]
+    return torch.tensor(best) / torch.maximum(*segments)
+
+def adjusted_rand_index(table: Tensor) -> Tensor:
+    """ARI-FG: do pairs of pixels of true objects belong together in both? From -1 to 1: 0 by
+    chance, 1 if always, or where there is nothing to tell apart."""
+    def pairs(count):
+        return (count * (count - 1) / 2).flatten(1).sum(1)
+    table = table[:, :, 1:]  # without the true background
+    both, in_pred, in_true = pairs(table), pairs(table.sum(2)), pairs(table.sum(1))
+    by_chance = in_pred * in_true / pairs(table.sum((1, 2))[:, None]).clamp_min(1)
+    most = (in_pred + in_true) / 2
+    return torch.where(most == by_chance, 1.0, (both - by_chance) / (most - by_chance))
+
+def segmentation_covering(table: Tensor) -> Tensor:
+    """MSC-FG [16]: each true object's largest IoU with any predicted segment, on average."""
+    objects = table.sum(1)[:, 1:] > 0  # (n, m - 1)
+    best = pairwise_iou(table)[:, :, 1:].amax(1)
+    return (best * objects).sum(1) / objects.sum(1).clamp_min(1)
+
+def foreground_iou(table: Tensor) -> Tensor:
+    """Not in this paper: IoU of the unions of all objects (DRC, section E), 1 without any."""
+    union = table.sum((1, 2)) - table[:, 0, 0]
+    return torch.where(union == 0, 1.0, table[:, 1:, 1:].sum((1, 2)) / union.clamp_min(1))
+
+METRICS = {  # of a contingency table (n, m, m): (n,), in [0, 1] but for ARI-FG
+    "mIoU": mean_iou, "ARI-FG": adjusted_rand_index, "MSC-FG": segmentation_covering,
+    "IoU": foreground_iou, "Dice": lambda table: 2 / (1 + 1 / foreground_iou(table))}
+
+@torch.no_grad()
+def evaluate(model: ASTSeg, scenes: data.Scenes, device: torch.device) -> dict:
+    """Each scene's scores, arrays (N,) by metric, in percent. The MSE is summed over pixels and
+    channels [29], and alone where labels are unknown. Leaves the model in evaluation mode."""
+    model.eval()
+    metrics = METRICS if scenes.labelled else {}
+    scores = {name: [] for name in (*metrics, "MSE")}
+    for i in tqdm(range(0, len(scenes), 64), "evaluation", leave=False, unit="batch"):
+        images = torch.from_numpy(np.array(scenes.images[i:i + 64])).to(device) / 255
+        true = torch.from_numpy(np.array(scenes.labels[i:i + 64])).to(device)
+        scene = model(images)
+        table = contingency(scene.weights.argmax(1), true)
+        for name, metric in metrics.items():
+            scores[name].append(100 * metric(table))
+        scores["MSE"].append((scene.image - images).square().flatten(1).sum(1).cpu().double())
+    return {name: torch.cat(values).numpy() for name, values in scores.items()}
+
+# --- 5.2 Ablation study -------------------------------------------------------------------------
+# The rows of Table 4 as flags, for CLEVR:
+#     no transformer encoder     --layers 0           no pixel entropy loss     --entropy-weight 0
+#     K = maximum + 1, or x 2    --slots 11, 20       frozen background model   --curriculum frozen
+#     U-Net for Segformer        --generator unet     anisotropic scaling       --anisotropic
+#     random backbone            --backbone random    baseline training         --curriculum bt
+UNETS = {  # widths from the first convolution to the centre; its kernel, stride and padding
+    "unet": ((80, 128, 192, 256, 256, 256), (3, 1, 1)),  # Table 3, whose d_Phi is our K + d_phi
+    "unet-small": ((32, 48, 64, 64, 64), (8, 4, 2))}  # ours, for laptops
 
 def conv_block(c, c_out, kernel, stride, padding, conv=nn.Conv2d):
     conv = conv(c, c_out, kernel, stride, padding, bias=False)
@@ -195,705 +672,178 @@ class Residual(nn.Sequential):
     def forward(self, x):
         return x + super().forward(x)
 
-class UNetLevel(nn.Module):
-    """A level of a U-Net and all below: (n, c, h, w) -> (n, 2 c, h, w), what comes up beside what went in."""
-    def __init__(self, c, *below):
-        super().__init__()
-        d = below[0] if below else c
-        self.path = nn.Sequential(
-            conv_block(c, d, 4, 2, 1), Residual(conv_block(d, d, 3, 1, 1)), UNetLevel(*below),
-            Residual(conv_block(2 * d, 2 * d, 3, 1, 1)), conv_block(2 * d, c, 4, 2, 1, nn.ConvTranspose2d)
-        ) if below else conv_block(c, c, 3, 1, 1)  # the centre
-
-    def forward(self, x):
-        return torch.cat([self.path(x), x], 1)
-
-class UNet(nn.Sequential):
-    """Another generator of maps (Table 3). Images (n, 3, h, w) -> (n, channels, h/stride, w/stride)."""
+class UNet(nn.Module):
+    """Table 3. Images (n, 3, h, w) in [0, 1] -> maps (n, channels, h, w), or h/4 x w/4 (small)."""
     def __init__(self, name, channels):
-        widths, stride = UNETS[name]
-        kernel, padding = (3, 1) if stride == 1 else (2 * stride, stride // 2)
-        super().__init__(
-            conv_block(3, widths[0], kernel, stride, padding), UNetLevel(*widths),
-            conv_block(2 * widths[0], channels, 3, 1, 1), Residual(nn.Conv2d(channels, channels, 3, 1, 1)),
-            nn.Conv2d(channels, channels, 1))
-
-def coordinates(h, w, like):
-    """Normalised coordinates of h x w cells, (2, h, w): x over columns, y over rows, from -1 to +1."""
-    x = torch.linspace(-1, 1, w, device=like.device, dtype=like.dtype)  # Eq. (12)
-    y = torch.linspace(-1, 1, h, device=like.device, dtype=like.dtype)  # Eq. (13)
-    return torch.stack([x.expand(h, w), y[:, None].expand(h, w)])
-
-def attend(attention, features):
-    """What and where each query sees: features and coordinates, averaged with its attention map as weights.
-    attention: (n, K, h*, w*), maps that sum to 1; features Phi: (n, d, h*, w*). Returns the (phi_k^0, x_k^0,
-    y_k^0) as one tensor (n, K, d + 2). As an einsum, the n x K x d x h* x w* products are never in memory."""
-    xy = coordinates(*features.shape[-2:], features).expand(len(features), -1, -1, -1)
-    values = torch.cat([features, xy], 1)  # (n, d + 2, h*, w*)
-    return torch.einsum("nkhw,ndhw->nkd", attention, values)  # Eq. (14, 15, 16)
-
-class Refinement(nn.Module):
-    """Transformer encoder over the K triplets, (n, K, d) -> (n, K, d): settles redundancies and occlusions.
-    There is no positional encoding: queries have no order, permuting them permutes what comes out."""
-    def __init__(self, d, s):
         super().__init__()
-        self.embed = nn.Linear(d, s.d_t)
-        layer = nn.TransformerEncoderLayer(s.d_t, s.heads, s.d_ff, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, s.layers, enable_nested_tensor=False)
-        self.project = nn.Linear(s.d_t, d)
-        if s.small:
-            self.start_as_identity()
+        widths, first = UNETS[name]
+        self.first = conv_block(3, widths[0], *first)
+        pairs = list(zip(widths, widths[1:]))
+        self.down = nn.ModuleList(nn.Sequential(
+            conv_block(c, d, 4, 2, 1), Residual(conv_block(d, d, 3, 1, 1))) for c, d in pairs)
+        self.centre = conv_block(widths[-1], widths[-1], 3, 1, 1)
+        self.up = nn.ModuleList(nn.Sequential(
+            Residual(conv_block(2 * d, 2 * d, 3, 1, 1)),
+            conv_block(2 * d, c, 4, 2, 1, nn.ConvTranspose2d)) for c, d in reversed(pairs))
+        self.last = nn.Sequential(
+            conv_block(2 * widths[0], channels, 3, 1, 1),
+            Residual(nn.Conv2d(channels, channels, 3, 1, 1)), nn.Conv2d(channels, channels, 1))
 
-    def forward(self, triplets):
-        return self.project(self.encoder(self.embed(triplets)))
+    def forward(self, images):
+        x = self.first(images)
+        skips = []
+        for down in self.down:
+            skips.append(x)
+            x = down(x)
+        x = torch.cat([self.centre(x), x], 1)
+        for up in self.up:
+            x = torch.cat([up(x), skips.pop()], 1)
+        return self.last(x)
 
-    @torch.no_grad()
-    def start_as_identity(self, length=30.0):
-        """Ours, for large rates: a random transformer then moves all positions off the image before the maps
-        learn. So: residual branches of 0, and beside a token's d numbers a constant that rules its norm."""
-        for layer in self.encoder.layers:
-            for parameter in (*layer.self_attn.out_proj.parameters(), *layer.linear2.parameters()):
-                parameter.zero_()
-        d_t, d = self.embed.weight.shape
-        random = torch.randn(d_t, d + 1)
-        directions = torch.linalg.qr(random - random.mean(0))[0]  # (d_t, d + 1), orthonormal and of mean 0
-        self.embed.weight.copy_(directions[:, :d])
-        self.embed.bias.copy_(directions[:, d] * length)
-        self.project.weight.copy_(directions[:, :d].T * length / d_t ** 0.5)  # undoes the norm
-        self.project.bias.zero_()
+def local_softmax(logits: Tensor, window: int) -> Tensor:
+    """Not in this paper: softmax over window x window cells around the peak (keypoints, Eq. 5). It
+    locates equivariantly, but is not affine: of the mean of two maps it may see one peak alone."""
+    h, w = logits.shape[-2:]
+    peak = logits.flatten(-2).argmax(-1)[..., None]  # (..., 1)
+    rows = (torch.arange(h, device=logits.device) - peak // w).abs() <= window // 2  # (..., h)
+    columns = (torch.arange(w, device=logits.device) - peak % w).abs() <= window // 2  # (..., w)
+    return spatial_softmax(logits.where(rows[..., None] & columns[..., None, :], -math.inf))
 
-class Latents(NamedTuple):
-    """What Algorithm 1 finds: K objects in each of n images."""
-    x: torch.Tensor  # (n, K) in [-1, 1], over columns
-    y: torch.Tensor  # (n, K) in [-1, 1], over rows
-    s: torch.Tensor  # (n, K, 1 | 2) in [s_min, s_max], inverse scale: a glimpse is 1 / s of the image wide
-    log_alpha: torch.Tensor  # (n, K), log of the activation: how strongly the object claims its pixels
-    z_what: torch.Tensor  # (n, K, d_z_what), its appearance
-    attention: torch.Tensor  # (n, K, h*, w*), maps that sum to 1
+def add_mask_noise(glimpses: Tensor, amount: float) -> Tensor:
+    """Not in this paper: noise that masks of 0 and 1 alone do not mind (DTI-Sprites, C.4)."""
+    noise = amount * (2 * torch.rand_like(glimpses[:, 3:]) - 1)
+    return torch.cat([glimpses[:, :3], (glimpses[:, 3:] + noise).clamp(0, 1)], 1)
 
-# --- 4.1 Rendering: glimpses, spatial transformer, compositing (Algorithm 2) ----------------------
-class GlimpseGenerator(nn.Sequential):
-    """z_what (m, d) -> glimpses (m, 4, g, g) in [0, 1]: the object's colours o_k and mask m_k (Table 2)."""
-    def __init__(self, d, size, c):
-        side, layers = 2, [nn.Unflatten(1, (d, 1, 1)), nn.ConvTranspose2d(d, c, 2, 2, bias=False)]  # 2 x 2
-        while side < size:
-            norm, last, side = nn.GroupNorm(max(1, c // 16), c), 2 * side >= size, 2 * side
-            layers += [norm, nn.CELU(), nn.ConvTranspose2d(c, 4 if last else c // 2, 4, 2, 1, bias=last)]
-            c //= 2
-        super().__init__(*layers, nn.Sigmoid())
-
-def spatial_transformer(glimpses, x, y, s, h, w):
-    """STN: put each glimpse at (x, y), 1/s times as large as the image, and zero around it.
-    glimpses: (m, c, g, g); x, y: (m,) in [-1, 1]; s: (m, 1 | 2), inverse scales s or (s_x, s_y). Returns
-    (m, c, h, w). The pixel at p shows the glimpse's point s (p - position), hence `inverse` scale."""
-    s_x, s_y, zero = s[:, 0], s[:, -1], torch.zeros_like(x)
-    theta = torch.stack([s_x, zero, -s_x * x, zero, s_y, -s_y * y], -1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, (len(glimpses), glimpses.shape[1], h, w), align_corners=False)
-    return F.grid_sample(glimpses, grid, align_corners=False)  # -1, 1: the image's edges, as the authors do
-
-def layer_weights(masks, log_alpha, log_alpha_0):
-    """The distribution of each pixel over the layers, w_k = alpha_k M_k / sum_i alpha_i M_i with M_0 = 1.
-    masks: (n, K, h, w) in [0, 1]; log_alpha: (n, K); log_alpha_0: scalar. Returns (n, K + 1, h, w), index 0
-    the background: the softmax of log alpha_k + log M_k, which no alpha can overflow."""
-    inside = masks > 0
-    log_masks = torch.where(inside, masks, 1.0).log()  # log 0 must not even meet the gradient
-    logits = torch.where(inside, log_alpha[..., None, None] + log_masks, -math.inf)
-    background = log_alpha_0.expand(len(masks), 1, *masks.shape[-2:])
-    return torch.cat([background, logits], 1).softmax(1)  # Eq. (17)
-
-class Scene(NamedTuple):
-    """What Algorithm 2 draws. Layer 0 is the background."""
-    image: torch.Tensor  # (n, 3, h, w), the reconstruction X_hat
-    weights: torch.Tensor  # (n, K + 1, h, w), w_k, summing to 1 over the layers
-    layers: torch.Tensor  # (n, K + 1, 3, h, w), L_k
-
-# --- 4.1 Background model: the autoencoder of reference [38] --------------------------------------
-BACKGROUNDS = {  # (kind, blocks): channels of the encoder, and of the generator read from image to latent
-    ("simple", 7): ((3, 64, 160, 320, 160, 160, 32, 16), (4, 144, 256, 512, 256, 256, 32, 16)),
-    ("simple", 6): ((3, 64, 160, 320, 160, 32, 16), (4, 144, 256, 512, 256, 32, 16)),
-    ("complex", 7): ((3, 64, 320, 640, 640, 320, 16, 16), (4, 144, 640, 1280, 640, 320, 16, 16)),
-    ("complex", 6): ((3, 64, 160, 320, 160, 16, 16), (4, 144, 640, 1280, 640, 16, 16)),
-    ("small", 7): ((3, 8, 32, 64, 64, 64, 64, 16), (4, 8, 32, 64, 64, 64, 64, 16)),  # ours, for laptops
-    ("small", 6): ((3, 8, 32, 64, 64, 64, 16), (4, 8, 32, 64, 64, 64, 16))}
-
-class BackgroundBlock(nn.Module):
-    """Append each cell's position, convolve, normalise. Positions let 16 numbers draw a whole picture."""
-    def __init__(self, conv, c, last=False):
-        super().__init__()
-        self.conv = conv
-        self.norm = nn.Sigmoid() if last else nn.Sequential(nn.GroupNorm(max(1, c // 16), c), nn.CELU())
-
-    def forward(self, x):
-        h, w = x.shape[-2:]
-        position = coordinates(h, w, x) / 2 if h > 1 else x.new_ones(2, 1, 1)
-        return self.norm(self.conv(torch.cat([x, position.expand(len(x), -1, -1, -1)], 1)))
-
-class Background(nn.Sequential):
-    """Images (n, 3, size, size) -> (n, 4, size, size) in [0, 1]: the background without its objects, and the
-    error the model expects of itself in each pixel. Encoder and generator mirror each other."""
-    def __init__(self, kind, size):
-        e, g = BACKGROUNDS[kind, size.bit_length() - 1]
-        encoder, generator = nn.Sequential(), nn.Sequential()
-        for i in range(len(e) - 1):  # each halves its map, down to 1 x 1
-            kernel, stride, padding = (5, 2, 2) if size > 5 else (4, 2, 1) if size > 3 else (size, 1, 0)
-            size, remainder = divmod(size + 2 * padding - kernel + stride, stride)
-            conv = nn.Conv2d(e[i] + 2, e[i + 1], kernel, stride, padding, bias=False)
-            encoder.append(BackgroundBlock(conv, e[i + 1]))
-            conv = nn.ConvTranspose2d(g[i + 1] + 2, g[i], kernel, stride, padding, remainder, bias=False)
-            generator.insert(0, BackgroundBlock(conv, g[i], last=i == 0))
-        super().__init__(encoder, generator)
-
-# --- 4.1 The whole model (Fig. 1, Algorithms 1 and 2) ---------------------------------------------
-class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg", tags=["object-centric-learning"]):
-    """`save_pretrained(folder)` writes config.json and model.safetensors; `from_pretrained(folder or hub
-    name)` reads them, without the pretrained backbone."""
-    def __init__(self, settings: Settings):
-        super().__init__()
-        s = self.settings = settings
-        self.d_s = 2 if s.anisotropic else 1
-        d_phi = self.d_s + 1 + s.d_z_what  # (s_k, alpha_k, z_k^what); the authors' code reads alpha in z_what
-        self.feature_maps = (UNet if s.generator in UNETS else Segformer)(s.generator, s.slots + d_phi)
-        self.refine = Refinement(d_phi + 2, s) if s.layers else nn.Identity()
-        glimpse = 16 if s.small else 32 if s.size <= 64 else 64 if s.size <= 128 else 128  # Table 2
-        self.glimpse_generator = GlimpseGenerator(s.d_z_what, glimpse, max(64, 2 * glimpse))
-        self.log_alpha_0 = nn.Parameter(torch.tensor(float(s.log_alpha_0)))
-        self.background = Background(s.background, s.size)
-
-    def encode(self, images):
-        """Algorithm 1. images: (n, 3, h, w) in [0, 1]. Returns Latents."""
-        s = self.settings
-        bfloat16 = images.is_cuda if s.precision == "auto" else s.precision == "bfloat16"
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
-            maps = self.feature_maps(images)
-        maps = maps.float()  # (n, K + d_phi, h*, w*); a soft-argmax needs all its digits
-        attention = spatial_softmax(maps[:, :s.slots], s.window)  # Eq. (11)
-        triplets = self.refine(attend(attention, maps[:, s.slots:]))  # (n, K, d_phi + 2)
-        scale, log_alpha, z_what, xy = triplets.split([self.d_s, 1, s.d_z_what, 2], -1)
-        x, y = xy.clamp(-1, 1).unbind(-1)
-        scale = s.s_min + (s.s_max - s.s_min) * scale.sigmoid()
-        return Latents(x, y, scale, log_alpha.squeeze(-1), z_what, attention)  # its exp: in Eq. 17
-
-    def draw(self, latents, h, w):
-        """The objects in place, before they compete: L_k (n, K, 3, h, w) and M_k (n, K, h, w) in [0, 1]."""
-        glimpses = self.glimpse_generator(latents.z_what.flatten(0, 1))  # (n K, 4, g, g)
-        if self.training and self.settings.mask_noise:  # only masks of 0 and 1 do not mind
-            noise = self.settings.mask_noise * (2 * torch.rand_like(glimpses[:, 3:]) - 1)
-            glimpses = torch.cat([glimpses[:, :3], (glimpses[:, 3:] + noise).clamp(0, 1)], 1)
-        x, y, s = (v.flatten(0, 1) for v in (latents.x, latents.y, latents.s))
-        placed = spatial_transformer(glimpses, x, y, s, h, w).unflatten(0, latents.x.shape)
-        return placed[:, :, :3], placed[:, :, 3]
-
-    def render(self, latents, background):
-        """Algorithm 2. background: (n, 3, h, w), the layer L_0. Returns a Scene."""
-        layers, masks = self.draw(latents, *background.shape[-2:])
-        weights = layer_weights(masks, latents.log_alpha, self.log_alpha_0)
-        layers = torch.cat([background[:, None], layers], 1)
-        image = (weights[:, :, None] * layers).sum(1)  # Eq. (18); an einsum costs twice as much on a CPU
-        return Scene(image, weights, layers)
-
-    def forward(self, images):  # (n, 3, h, w) in [0, 1] -> Scene
-        return self.render(self.encode(images), self.background(images)[:, :3])
-
-    @torch.no_grad()
-    def segment(self, images):
-        """(n, 3, size, size) in [0, 1] -> (n, size, size), the layer of largest weight, 0 the background."""
-        latents = self.encode(images)
-        masks = self.draw(latents, *images.shape[-2:])[1]
-        return layer_weights(masks, latents.log_alpha, self.log_alpha_0).argmax(1)
-
-# --- 4.2.1 Losses ---------------------------------------------------------------------------------
-def background_loss(output, image, robustness=1.0):
-    """The robust loss of [38] for phase 1: where a picture is badly rebuilt there is an object, and it counts
-    up to e^6 times less. output: (n, 4, h, w) of the background model; image: (n, 3, h, w) in [0, 1];
-    robustness: 1 in [38]; ours may grow from 0, as at first all is badly rebuilt. Returns a scalar."""
-    beta, radius = 3 / 255, image.shape[-1] // 75
-    error = F.smooth_l1_loss(output[:, :3], image, beta=beta, reduction="none").sum(1, keepdim=True)
-    noise = F.smooth_l1_loss(output[:, 3:], error.detach() / 3, beta=beta, reduction="none")
-    mask = (error.detach() / 0.25).tanh()  # about 1 on objects
-    mask = F.avg_pool2d(mask, 2 * radius + 1, 1, radius, count_include_pad=False)
-    return ((-6 * robustness * mask).exp() * (error + robustness * noise)).mean()
-
-def reconstruction_loss(image_hat, image):
-    """Mean over pixels of the square of a pixel's L1 error. Both (n, 3, h, w). Returns a scalar in [0, 9]."""
-    local_error = (image_hat - image).abs().sum(1)  # Eq. (19)
-    return local_error.square().mean()  # Eq. (20)
-
-def pixel_entropy_loss(weights):
-    """Mean over pixels of the squared entropy of the weights, (n, K + 1, h, w): 0 where one layer takes all;
-    squared, so that the gradient stays finite there. Returns a scalar in [0, log(K + 1)^2]."""
-    return (weights * (weights + 1e-20).log()).sum(1).square().mean()  # Eq. (21)
-
-def warmup(step, steps):
-    """Quadratic warm-up, from 0 at step 0 to 1 from `steps` on."""
-    return min(1.0, step / steps) ** 2 if steps else 1.0
-
-def training_loss(model, images, phase, step):
-    """The loss of a step, and its parts by name. images: (n, 3, h, w) in [0, 1]."""
-    s = model.settings
-    if phase == 1:
-        robustness = warmup(step, 0.9 * s.background_steps) if s.small else 1.0
-        loss = background_loss(model.background(images), images, robustness)
-        return loss, {"background": loss}
-    with torch.set_grad_enabled(phase == 3 and torch.is_grad_enabled()):  # frozen in phase 2
-        background = model.background(images)[:, :3]  # its error channel is of no more use
-    scene = model.render(model.encode(images), background)
-    reconstruction, entropy = reconstruction_loss(scene.image, images), pixel_entropy_loss(scene.weights)
-    loss = reconstruction + warmup(step, s.entropy_warmup_steps) * s.entropy_weight * entropy  # Eq. (22)
-    return loss, {"reconstruction": reconstruction, "entropy": entropy}
-
-# --- 4.2.2 Curriculum training ---------------------------------------------------------------------
-def phase_at(s, t):
-    """(phase, step) of step t of a run. Phase 1 trains the background alone, 2 the objects before the frozen
-    background, 3 both. Phase 1 counts its own steps, 2 and 3 count on together."""
-    step = t - s.background_steps
-    return (1, t) if step < 0 else (2, step) if step < s.phase2_steps else (3, step)
-
-def learning_rate(s, phase, step, part="objects"):
-    """Phase 1: constant, a tenth after 80 % of its steps. Phases 2 and 3, as one schedule: quadratic warm-up,
-    constant, a tenth from 90 % on (section 5.1). A small run has large rates: so its transformer learns late,
-    and all warm up anew in phase 3, where the first step of a new Adam moves each weight by its full rate."""
-    if phase == 1:
-        return s.background_lr * (0.1 if step >= 0.8 * s.background_steps else 1)
-    rate = s.lr * warmup(step, s.steps * 5 / 12 if s.small and part == "refine" else s.warmup_steps)
-    if s.small:
-        rate *= {"objects": 1, "refine": 0.1, "background": 0.3}[part]
-        rate *= warmup(step - s.phase2_steps, s.steps / 36) if phase == 3 else 1
-    return rate * (0.1 if step >= (0.75 if s.small else 0.9) * s.steps else 1)
-
-def make_optimizer(model, phase):
-    """A new Adam over what the phase trains; its moments start at zero, also at the switch to phase 3."""
-    s = model.settings
-    parts = {"background": [*model.background.parameters()], "refine": [*model.refine.parameters()]}
-    if phase == 1:
-        return torch.optim.Adam(parts["background"], betas=(0.9, 0.999), fused=True)  # as in [38]
-    apart = {id(p) for part in parts.values() for p in part}
-    parts["objects"] = [p for p in model.parameters() if id(p) not in apart]
-    groups = [dict(params=params, part=name) for name, params in parts.items()
-              if params and (phase == 3 or name != "background")]
-    return torch.optim.Adam(groups, betas=(s.adam_beta1, s.adam_beta2), eps=s.adam_epsilon, fused=True)
-
-def train(model, train_scenes, val_scenes, run, device):
-    """All three phases, from the run's checkpoint on. What is random in a step depends on (seed, step) alone,
-    so that an interrupted run ends in the same weights: bit for bit on a CPU; on a GPU the gradient of
-    grid_sample adds in no fixed order."""
-    s, phase, total = model.settings, 0, run.total
-    t, optimizer_state, seconds = run.restore(model)
-    began = time.time() - seconds  # had it never been interrupted
-    moments = {s.background_steps + int(i) for i in (0, *np.geomspace(10, s.steps, 20))}  # of training.gif
-    with tqdm(total=total, initial=t, unit="step") as bar:
-        while t < total:
-            before, (phase, step) = phase, phase_at(s, t)
-            if phase != before:  # a new phase: a new Adam
-                optimizer = make_optimizer(model, phase)
-                if optimizer_state and phase == phase_at(s, t - 1)[0]:
-                    optimizer.load_state_dict(optimizer_state)
-                batch_size = s.background_batch_size if phase == 1 else s.batch_size
-                batches = data.batches(train_scenes, batch_size, s.seed, t, total, device)
-                waited, since = 0.0, time.time()
-                bar.set_description(f"phase {phase}")
-            torch.manual_seed(s.seed * 1_000_003 + t)  # for dropout
-            waiting = time.time()
-            images = next(batches).float() / 255  # (n, 3, h, w) in [0, 1]
-            waited += time.time() - waiting
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(s, phase, step, group.get("part"))
-            model.train()
-            loss, parts = training_loss(model, images, phase, step)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            t += 1
-            bar.update()
-            validate = phase > 1 and (t % s.validate_every == 0 or t == total)
-            if validate or t % s.log_every == 0:  # only here are values fetched from the device
-                line = {"t": t, "phase": phase, "step": step, "lr": learning_rate(s, phase, step)}
-                line |= {name: value.item() for name, value in parts.items()}
-                line |= {"images_per_second": batch_size * (bar.format_dict["rate"] or 0),
-                         "waited": waited / (time.time() - since), "seconds": time.time() - began}
-                if validate:
-                    line |= {name: v.mean() for name, v in evaluate(model, val_scenes, device).items()}
-                with run.log_file.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                bar.set_postfix({k: f"{line[k]:.3g}" for k in (*parts, "mIoU", "ARI-FG") if k in line})
-            if t in moments:
-                pictures = Pictures(model, val_scenes, device)
-                pictures.segmentations(run.folder / f"frames/{t:07}.png", f"step {t}", dpi=60)
-            if t % s.checkpoint_every == 0 or t == total:
-                run.save(model, optimizer, t)
-
-class Run:
-    """The folder of a run. Raises SettingsError if it holds a run with other settings, or something else."""
-    def __init__(self, folder, s):
-        self.folder, self.settings, self.saved = Path(folder), dataclasses.asdict(s), dict(t=0)
-        self.checkpoint, self.log_file = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
-        self.total = s.background_steps + s.steps
-        if self.checkpoint.exists():
-            try:
-                saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-                self.saved = {k: saved[k] for k in ("settings", "t", "model", "optimizer")}
-            except Exception as e:
-                raise SettingsError(f"{self.checkpoint} is damaged or foreign ({type(e).__name__}); move its "
-                                    "folder away to start anew, or choose another --out.") from e
-            theirs = dataclasses.asdict(Settings()) | self.saved["settings"]
-            other = [f"{k} = {theirs[k]} there, {v} here" for k, v in self.settings.items()
-                     if theirs[k] != v and not k.endswith("_every")]
-            if other:
-                raise SettingsError(f"{folder} is a run with other settings ({'; '.join(other[:3])}): repeat "
-                                    "the flags it was started with, or choose another --out.")
-        elif any(p.is_file() and p.suffix != ".part" for p in (self.folder, *self.folder.rglob("*"))):
-            raise SettingsError(f"{folder} is no run of ours, yet not empty; choose another --out.")
-
-    def restore(self, model):
-        """Load the checkpoint's weights. Returns (steps done, optimizer's state or None, seconds spent)."""
-        (self.folder / "frames").mkdir(parents=True, exist_ok=True)
-        if not self.checkpoint.exists():
-            self.save(model, None, 0)
-        model.load_state_dict(self.saved["model"])
-        log = [line for line in read_log(self.log_file) if line["t"] <= self.saved["t"]]  # redo the rest
-        replace(self.log_file, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
-        return self.saved["t"], self.saved["optimizer"], log[-1]["seconds"] if log else 0.0
-
-    def save(self, model, optimizer, t):
-        if t:  # at 0 the checkpoint comes first: by it we know the folder as ours
-            model.save_pretrained(self.folder / "model")
-        self.saved = dict(settings=self.settings, t=t, model=model.state_dict(),
-                          optimizer=optimizer and optimizer.state_dict())
-        replace(self.checkpoint, lambda path: torch.save(self.saved, path))
-
-def read_log(file):
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be half
-
-def replace(path, write):
-    """Write under a temporary name, then rename: whatever interrupts us, nobody finds half a file."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    part.replace(path)
-
-# --- 5. Experimental results: metrics --------------------------------------------------------------
-def contingency(pred, true):
-    """What all metrics start from: counts of the pixels with each pair of labels. pred, true: (n, h, w)
-    labels from 0 on. Returns (n, m, m) float64, [image, predicted, true]; m - 1 is the largest label."""
-    n, m = len(pred), int(max(pred.max(), true.max())) + 1
-    pairs = (pred.long() * m + true.long()).flatten(1) + m * m * torch.arange(n, device=pred.device)[:, None]
-    return torch.bincount(pairs.flatten(), minlength=n * m * m).view(n, m, m).cpu().double()
-
-def pairwise_iou(table):
-    """(n, m, m): intersection over union of each predicted with each true segment, 0 where both are empty."""
-    union = table.sum(2, keepdim=True) + table.sum(1, keepdim=True) - table
-    return table / union.clamp_min(1)
-
-def mean_iou(table):
-    """mIoU as ClevrTex [29] has it: predicted and true segments, background included, are matched one to one
-    for the largest sum of IoUs, which is divided by the number of segments of the side that has more."""
-    iou, segments = pairwise_iou(table).numpy(), [(table.sum(side) > 0).sum(1) for side in (1, 2)]
-    best = [matrix[linear_sum_assignment(matrix, maximize=True)].sum() for matrix in iou]
-    return torch.tensor(best) / torch.maximum(*segments)
-
-def adjusted_rand_index(table, foreground_only=True):
-    """ARI, by default ARI-FG: do pairs of (foreground) pixels belong together in both? 0 by chance, 1 if
-    always or where nothing is to be told apart; in [-1, 1]."""
-    table = table[:, :, 1:] if foreground_only else table
-    def pairs(count):
-        return (count * (count - 1) / 2).flatten(1).sum(1)
-    both, in_pred, in_true = pairs(table), pairs(table.sum(2)), pairs(table.sum(1))
-    by_chance = in_pred * in_true / pairs(table.sum((1, 2))[:, None]).clamp_min(1)
-    most = (in_pred + in_true) / 2
-    return torch.where(most == by_chance, 1.0, (both - by_chance) / (most - by_chance))
-
-def segmentation_covering(table):
-    """MSC-FG as GENESIS has it: each true object's largest IoU with any predicted segment, averaged over
-    the objects of an image; 0 without any."""
-    objects = table.sum(1)[:, 1:] > 0  # (n, m - 1)
-    best = pairwise_iou(table)[:, :, 1:].amax(1)
-    return (best * objects).sum(1) / objects.sum(1).clamp_min(1)
-
-def foreground_iou(table):
-    """IoU of the unions of all objects (DRC supplement, section E); 1 where neither side has one."""
-    union = table.sum((1, 2)) - table[:, 0, 0]
-    return torch.where(union == 0, 1.0, table[:, 1:, 1:].sum((1, 2)) / union.clamp_min(1))
-
-METRICS = {  # of a contingency table (n, m, m): (n,), in [0, 1] but for ARI-FG
-    "mIoU": mean_iou, "ARI-FG": adjusted_rand_index, "MSC-FG": segmentation_covering,
-    "IoU": foreground_iou, "Dice": lambda table: 2 / (1 + 1 / foreground_iou(table))}
-PAPER = {  # Tables 1 to 3, three runs of AST-Seg-B3-BT and of -CT: mIoU, ARI-FG, MSC-FG, MSE
-    "clevr": ("71.92±32.94 76.05±36.13 - 51±63", "90.27±0.20 98.26±0.07 - 16±1"),
-    "clevrtex": ("57.30±15.72 71.79±22.88 - 152±39", "79.58±0.54 94.77±0.51 - 139±7"),
-    "objects_room": ("74.50±8.61 74.96±10.02 69.86±10.13 11.7±2.1",
-                     "85.02±0.79 87.23±0.88 82.22±0.96 6.7±0.9"),
-    "shapestacks": ("70.18±12.68 73.77±7.56 74.12±8.63 11.8±7.0",
-                    "78.84±0.21 79.34±0.73 77.65±1.3 4.5±0.2"),
-    "ood": ("-", "67.50±0.75 83.14±0.75 - 832±24"), "camo": ("-", "73.07±0.65 87.27±3.78 - 145±6")}
-
+# --- The pictures of a run ----------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(model, scenes, device, progress=False):
-    """Each scene's scores by metric, arrays (N,), in the paper's units: percent, and the squared
-    error summed over pixels and channels [29], alone where labels are unknown. Ends in evaluation mode."""
-    metrics = METRICS if scenes.labelled else {}
-    scores = {name: [] for name in (*metrics, "MSE")}
-    for i in tqdm(range(0, len(scenes), 64), desc="evaluation", unit="batch", disable=not progress):
-        images, true = (torch.from_numpy(np.array(array[i:i + 64])).to(device)
-                        for array in (scenes.images, scenes.labels))
-        scene = model.eval()(images := images / 255)
-        table = contingency(scene.weights.argmax(1), true)
-        for name, metric in metrics.items():
-            scores[name].append(100 * metric(table))
-        scores["MSE"].append((scene.image - images).square().flatten(1).sum(1).cpu().double())
-    return {name: torch.cat(values).numpy() for name, values in scores.items()}
-
-# --- 5. Experimental results: pictures -------------------------------------------------------------
-PALETTE = np.array([(0, 0, 0), *12 * (plt.get_cmap("tab10").colors + plt.get_cmap("Set3").colors)])[:256]
-
-def draw_grid(path, rows, titles, names=(), crosses={}, dpi=100):
-    """Save rows of pictures: images (3, h, w) in [0, 1], maps (h, w) or labels (h, w); None stays empty.
-    crosses: by row and column, (x, y, label) of positions in [-1, 1]."""
-    n, m, left = len(rows), len(titles), 0.12 if names else 0
-    figure, axes = plt.subplots(n, m, figsize=(1.3 * m / (1 - left), 1.3 * n + 0.2), squeeze=False)
-    for (i, j), axis in np.ndenumerate(axes):
-        axis.axis("off")
-        axis.set_title("" if i else titles[j], fontsize=9, pad=3)
-        axis.text(-1.05, 0, names[i] if names and j == 0 else "", fontsize=9, ha="right", va="center")
-        x = np.ones((3, 1, 1)) if rows[i][j] is None else np.asarray(rows[i][j].detach().cpu())
-        x = x.transpose(1, 2, 0).clip(0, 1) if len(x) == 3 else PALETTE[x] if x.dtype.kind in "iu" else x
-        axis.imshow(x, cmap="gray", vmin=0, extent=(-1, 1, 1, -1), interpolation="nearest")
-        for x, y, k in crosses.get((i, j), ()):
-            axis.plot(float(x), float(y), "+", color=PALETTE[k], ms=9, mew=2, scalex=False, scaley=False)
-    figure.subplots_adjust(left, 0, 1, 1 - 0.2 / (1.3 * n + 0.2), 0.03, 0.03)
-    figure.savefig(path, dpi=dpi)
+def draw_segmentations(model: ASTSeg, scenes: data.Scenes, path: Path, title="input"):
+    """Six scenes: where each object was found, its pixels, what comes out, and the truth. Segments
+    have the colour of the true object with which mIoU matches them."""
+    images = torch.from_numpy(np.array(scenes.images[:6])).to(model.log_alpha_0.device) / 255
+    true = torch.from_numpy(np.array(scenes.labels[:6]))
+    latents = model.eval().encode(images)
+    scene = model.render(latents, model.background(images)[:, :3])
+    pred = scene.weights.argmax(1).cpu()
+    titles = (title, "attention", "segments", "output", "background", "truth")
+    figure, axes = plt.subplots(len(images), 6, figsize=(7.8, 8), squeeze=False)
+    for i, iou in enumerate(pairwise_iou(contingency(pred, true))):
+        iou[0, 0] = 2  # the background stays black
+        colours = data.PALETTE[linear_sum_assignment(iou, maximize=True)[1]]
+        visible = [k for k in range(1, len(colours)) if (pred[i] == k).any()]
+        maps = latents.attention[i, [k - 1 for k in visible] or [0]]
+        attention = (maps / maps.amax((1, 2), keepdim=True)).amax(0)
+        pictures = (images[i], attention, colours[pred[i]], scene.image[i], scene.layers[i, 0],
+                    data.PALETTE[true[i]])
+        for axis, picture, title in zip(axes[i], pictures, titles):
+            show(axis, picture, "" if i else title)
+        for k in visible:
+            place = (latents.x[i, k - 1].item(), latents.y[i, k - 1].item())
+            axes[i, 1].add_patch(plt.Circle(place, 0.12, fill=False, color=colours[k], lw=1.5))
+    figure.subplots_adjust(0, 0, 1, 0.97, 0.03, 0.03)
+    figure.savefig(path)
     plt.close(figure)
 
-class Pictures:
-    """What a model makes of the first six of `scenes`, drawn."""
-    @torch.no_grad()
-    def __init__(self, model, scenes, device):
-        self.images, self.true = (torch.from_numpy(np.array(x[:6])) for x in (scenes.images, scenes.labels))
-        self.images, self.model = self.images.to(device) / 255, model.eval()
-        self.latents = model.encode(self.images)
-        self.scene = model.render(self.latents, model.background(self.images)[:, :3])
+def show(axis, picture, title):
+    """An image (3, h, w) or (h, w, 3) in [0, 1], or a map (h, w), in coordinates from -1 to 1."""
+    picture = torch.as_tensor(picture).cpu()
+    picture = picture.movedim(0, 2).clamp(0, 1) if len(picture) == 3 else picture
+    axis.imshow(picture.numpy(), "gray", vmin=0, extent=(-1, 1, 1, -1), interpolation="nearest")
+    axis.set_title(title, fontsize=9, pad=3)
+    axis.axis("off")
 
-    def segmentations(self, path, title="input", dpi=100):
-        """Each scene, where each object was found, its pixels, what comes out, and the truth."""
-        rows, crosses, latents, scene = [], {}, self.latents, self.scene
-        for i, found in enumerate(scene.weights.argmax(1)):
-            visible = [k for k in found.unique().tolist() if k]
-            crosses[i, 1] = [(latents.x[i, k - 1], latents.y[i, k - 1], k) for k in visible]
-            maps = latents.attention[i, [k - 1 for k in visible] or [0]]
-            attention = (maps / maps.amax((1, 2), keepdim=True)).amax(0)
-            rows.append([self.images[i], attention, found, scene.image[i], scene.layers[i, 0], self.true[i]])
-        titles = (title, "attention", "segments", "output", "background", "truth")
-        draw_grid(path, rows, titles, crosses=crosses, dpi=dpi)
-
-    def objects(self, path):
-        """Algorithms 1 and 2: the first scene taken apart into its layers, and put together again."""
-        latents, shares, layers = self.latents, self.scene.weights[0, :, None], self.scene.layers[0]
-        glimpses = self.model.glimpse_generator(latents.z_what[0])
-        masks = self.model.draw(latents, *self.images.shape[2:])[1][0]
-        rows, K = [[self.images[0], None, None, layers[0]]], len(masks)
-        rows += [[latents.attention[0, k], glimpses[k, :3], glimpses[k, 3:].expand(3, -1, -1),
-                  layers[k + 1] * masks[k]] for k in range(K)]
-        for row, share, layer in zip(rows, shares, layers):
-            row += [share.expand(3, -1, -1), share * layer]
-        rows.append([None] * 5 + [self.scene.image[0]])
-        draw_grid(path, rows, ("input, attention", "glimpse o", "mask m", "layer L M", "share w", "w L"),
-                  ["background", *(f"query {k + 1}" for k in range(K)), "sum"],
-                  {(k + 1, 0): [(latents.x[0, k], latents.y[0, k], k + 1)] for k in range(K)})
-
-    def equivariance(self, path):
-        """Proposition 2.1: the largest object of the first scene slides over its background, by the spatial
-        transformer, and is found again: by the soft-argmax of a convolution of its mask, and by the model."""
-        true, k = torch.linspace(-1, 1, 65), self.scene.weights[0, 1:].sum((1, 2)).argmax().item()
-        moved = Latents(*(v[:1, k:k + 1].expand(len(true), *v[:1, k:k + 1].shape[1:]) for v in self.latents))
-        moved = moved._replace(x=true[:, None].to(moved.y), y=0 * moved.y)
-        slid = self.model.render(moved, self.scene.layers[:1, 0].expand(len(true), -1, -1, -1))
-        again, mask, side = self.model.encode(slid.image), slid.weights[:, 1:], slid.image.shape[-1]
-        seen = self.model.render(again, slid.layers[:, 0]).weights[:, 1:].sum((2, 3)).argmax(1, keepdim=True)
-        centre = soft_argmax(F.conv2d(mask, torch.full((1, 1, 9, 9), 0.25).to(mask), padding=4))[..., 0]
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-        for name, found in (("soft-argmax of a convolution", (2 * centre + 1) / side - 1),
-                            ("the trained model", again.x.gather(1, seen))):
-            axes[0].plot(true, found[:, 0].cpu(), label=name)
-            axes[1].plot(true, (found[:, 0].cpu() - true) * side / 2)
-        for axis, label in zip(axes, ("found position", "error in pixels")):
-            axis.set(xlabel="true position", ylabel=label, xlim=(-1, 1))
-            for sign in (-1, 1):
-                axis.axvspan(sign, sign * (1 - 1 / moved.s[0, 0, 0].item()), color="gray", alpha=0.2, lw=0)
-        axes[0].legend(title="grey: cut by the border", fontsize=8)
-        figure.savefig(path, dpi=100, bbox_inches="tight")
-        plt.close(figure)
-
-def plot_curves(log, path):
-    """Losses and validation scores over a run's steps. log: the lines of log.jsonl."""
+def draw_curves(config: Config, log: list, path: Path):
+    """Losses and validation scores over the steps of a run. log: the lines of log.jsonl."""
     figure, axes = plt.subplots(2, 1, figsize=(9, 6), sharex=True)
-    for axis, names in zip(axes, (("background", "reconstruction", "entropy"), ("mIoU", "ARI-FG", "MSC-FG"))):
+    panels = (("background", "reconstruction", "entropy"), ("mIoU", "ARI-FG", "MSC-FG"))
+    for axis, names, corner in zip(axes, panels, ("upper right", "lower right")):
         for name in names:
             points = [(line["t"], line[name]) for line in log if name in line]
-            axis.plot(*np.reshape(points, (-1, 2)).T, label=name)
-        axis.legend()
-    axes[0].set(yscale="log", ylabel="loss")
-    axes[1].set(ylabel="validation score (%)", xlabel="steps", ylim=(0, 100))
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+            axis.plot(*np.reshape(points, (-1, 2)).T, ".-", ms=3, lw=1, label=name)
+        for phase, (first, last) in phase_bounds(config).items():
+            axis.axvspan(first, last, color="gray", alpha=0.1 * (phase - 1), lw=0)
+        drop = config.background_steps + config.lr_drop_at * config.steps
+        axis.axvline(drop, color="gray", ls=":", label="rate / 10")
+        axis.legend(loc=corner)
+    axes[0].set(title="phases 1, 2 and 3, from white to dark", ylabel="loss", yscale="log")
+    axes[1].set(ylabel="validation score (%)", xlabel="step", ylim=(0, 100))
+    figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
-# --- The command -----------------------------------------------------------------------------------
-def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0],
-        epilog="The same command goes on after an interruption; once the run is done, it only evaluates.")
-    add = parser.add_argument
-    add("--data-dir", default="datasets", help="where the files are (default: datasets)")
-    add("--out", help="folder of the run (default: runs/DATASET), or of the segments")
-    add("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
-    add("--eval", action="store_true", help="only evaluate the run, or each --model")
-    add("--model", nargs="+", metavar="RUN", help="folders of runs, or names on the hub")
-    add("--split", default="test", choices=data.SPLITS, help="what to evaluate on (default: test)")
-    add("--foreground", action="store_true", help="also print IoU and Dice of the foreground")
-    add("--segment", nargs="+", metavar="PATH", help="segment images, or folders of them")
-    group = parser.add_argument_group("settings, by default the paper's [with --small, and for shapes]")
-    for f in dataclasses.fields(Settings):
-        default = f"default: {f.default}" + (f" [{SMALL[f.name]}]" if f.name in SMALL else "")
-        choices, kind = f.metadata["choices"], f.type.__name__.upper()
-        how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
-            type=f.type, choices=choices, metavar=None if choices else kind)
-        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **how, help=(
-            f.metadata["help"] + (" (default: shapes)" if f.name == "dataset" else f" ({default})")))
-    return parser.parse_args(arguments)
+# --- The command --------------------------------------------------------------------------------
+@dataclass
+class Options:
+    """Train on a dataset, then score the model. After an interruption the same command goes on."""
+    config: tyro.conf.OmitArgPrefixes[Config]
+    small: bool = False  # a laptop's settings (SMALL), as for shapes
+    data_dir: str = "datasets"  # where the files are, or are downloaded to
+    out: str = ""  # folder of the run (default: runs/DATASET), or of the segments
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, mps ...
+    eval: bool = False  # only score the run, or each --model
+    model: list[str] = field(default_factory=list)  # folders of runs, or hub names, to score
+    split: Literal[data.SPLITS] = "test"  # what to score on
+    segment: list[str] = field(default_factory=list)  # images, or folders of them, to segment
 
-def pick_device(name):
-    """The device, and what to call it."""
-    try:
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        device, _ = torch.device(name), torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, ImportError) as e:
-        raise SettingsError(f"--device {name} is of no use here ({str(e).splitlines()[0]}); try auto.") from e
-    gpu = device.type == "cuda"
-    return device, torch.cuda.get_device_name(device) if gpu else f"{name}, {torch.get_num_threads()} threads"
+def parse(arguments) -> tuple[Options, str | None]:
+    """The options, and the dataset if given. What chooses the preset, their defaults, is first."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", choices=data.DATASETS)
+    first.add_argument("--small", action=argparse.BooleanOptionalAction)
+    first.add_argument("--steps", type=int, default=0)
+    given, _ = first.parse_known_args(arguments)
+    dataset = given.dataset or "shapes"
+    small = dataset == "shapes" if given.small is None else given.small
+    default = Options(preset(dataset, small, given.steps), small)
+    return tyro.cli(Options, args=arguments, default=default), given.dataset
 
-def train_run(s, run, data_dir, device, device_name):
-    """Say what will be done, where, and about how long; train a run to its end."""
-    scenes, val = (data.load(s.dataset, split, data_dir, s.limit, s.size) for split in ("train", "val"))
-    val = dataclasses.replace(val, images=val.images[:256], labels=val.labels[:256])
-    model = ASTSeg(s).to(device)  # one to take the time of a step with
-    for _ in range(2):  # the first step is slower
-        began = time.time()
-        training_loss(model, torch.rand(s.batch_size, 3, s.size, s.size, device=device), 3, 0)[0].backward()
-        model.log_alpha_0.grad.item()  # wait for the device
-    minutes = (time.time() - began) * (run.total - run.saved["t"]) / 60
-    print(f"AST-Seg on {len(scenes)} {s.dataset} scenes of {s.size}x{s.size}, into {run.folder}: "
-          f"{s.background_steps} steps of phase 1, {s.phase2_steps} of 2, {s.steps - s.phase2_steps} of 3,\n"
-          f"on {device_name}, about {minutes:.0f} minutes.", flush=True)
-    torch.manual_seed(s.seed)
-    model = ASTSeg(s).to(device)
-    if s.generator == "b3" and s.backbone != "random" and not run.checkpoint.exists():
-        model.feature_maps.load_backbone("nvidia/mit-b3" if s.backbone == "auto" else s.backbone)
-    train(model, scenes, val, run, device)
-
-def load_model(source, device):
-    """The model of a run's folder, of a folder of its own, or of a name on the hub, in evaluation mode."""
+def load_model(source, device: torch.device) -> ASTSeg:
+    """The model of a run, of a folder of its own, or of a hub name, in evaluation mode."""
     folder = Path(source, "model") if Path(source, "model").is_dir() else source
-    try:
+    with data.usable(f"The model {source}", "train one, or give a run's folder or a hub name"):
         return ASTSeg.from_pretrained(folder, strict=True).to(device).eval()
-    except Exception as e:  # the libraries have many ways to refuse a missing, damaged or foreign folder
-        raise SettingsError(f"There is no model in {source} ({repr(e).splitlines()[0][:200]}): train one, or "
-                            "give a run's folder or a name on the hub with --model.") from e
 
-@torch.no_grad()
-def evaluate_model(source, dataset, split, data_dir, limit, device, device_name):
-    """Score a model; leave numbers and pictures in its folder. Returns (dataset, mean by metric)."""
-    model, folder = load_model(source, device), Path(source if Path(source).is_dir() else f"runs/{source}")
-    s, log, frames = model.settings, read_log(folder / "log.jsonl"), sorted(folder.glob("frames/*.png"))
-    scenes = data.load(dataset := dataset or s.dataset, split, data_dir, limit, s.size)
-    print(f"Evaluating {source} on {len(scenes)} {dataset} scenes ({split}).")
-    scores = evaluate(model, scenes, device, progress=True)
+def score(source, dataset: str | None, options: Options, device: torch.device):
+    """Score a model; leave numbers and pictures in its folder. Returns dataset and mean scores."""
+    model = load_model(source, device)
+    dataset = dataset or model.config.dataset
+    scenes = data.load(dataset, options.split, options.data_dir, options.config.limit,
+                       model.config.size)
+    run = Path(source if Path(source).is_dir() else f"runs/{source}")
+    folder = run / f"{dataset}-{options.split}-{len(scenes)}"
+    print(f"Scoring {source} on {device}; numbers and pictures in {folder}", flush=True)
+    scores = evaluate(model, scenes, device)
     means = {name: values.mean().item() for name, values in scores.items()}
-    if (dataset, split, limit) != (s.dataset, "test", s.limit):  # not the run's own result
-        folder = folder / (f"{dataset}-{split}" + f"-{limit}" * (limit > 0))
     folder.mkdir(parents=True, exist_ok=True)
-    results = {"dataset": dataset, "split": split, "images": len(scenes), **means, "device": device_name,
-               "trained": log[-1] if log else None, "settings": vars(s), "python": sys.version,
-               "versions": {p: version(p) for p in ("torch", "transformers", "numpy", "scipy", "pillow")}}
-    replace(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
+    results = {**means, "torch": torch.__version__, "config": asdict(model.config)}
+    (folder / "results.json").write_text(json.dumps(results))
     np.savez(folder / "scores.npz", **scores)
-    pictures = Pictures(model, scenes, device)
-    for name in ("segmentations", "objects", "equivariance"):
-        getattr(pictures, name)(folder / f"{name}.png")
-    if frames:
-        plot_curves(log, folder / "curves.png")
-        first, *rest = map(Image.open, frames)
-        first.save(folder / "training.gif", save_all=True, append_images=rest, duration=500, loop=0)
+    draw_segmentations(model, scenes, folder / "segmentations.png")
     return dataset, means
 
-def print_table(dataset, runs, foreground):
-    """Our scores, and the paper's for the dataset. runs: by name, mean by metric."""
-    names = [name for name in (*METRICS, "MSE") if foreground or name not in ("IoU", "Dice")]
-    rows = {f"on {dataset}": {k: k for k in names}}
-    rows |= {name: {k: f"{v:.2f}" for k, v in means.items()} for name, means in runs.items()}
-    if len(runs) > 1:
-        columns = {k: [means[k] for means in runs.values()] for k in next(iter(runs.values()))}
-        rows["mean"] = {k: f"{np.mean(v):.2f}±{np.std(v, ddof=1):.2f}" for k, v in columns.items()}
-    for training, text in zip(("BT", "CT"), PAPER.get(dataset, ())):
-        rows[f"paper, B3-{training}"] = dict(zip(("mIoU", "ARI-FG", "MSC-FG", "MSE"), text.split()))
-    for name, row in rows.items():
-        print(f"{name:24}" + "".join(f"{row.get(k, '-'):>13}" for k in names))
-
-@torch.no_grad()
-def segment_files(paths, source, out, device):
-    """Label and overlay each image, in its own size, and say where its objects are, in its own pixels."""
-    files = [f for p in map(Path, paths) for f in ([p] if p.is_file() else sorted(p.rglob("*")))
-             if f == p or f.suffix.lower() in data.SUFFIXES]
-    if not files:
-        raise SettingsError(f"There is no image in {', '.join(paths)}; give images, or folders of them.")
-    model, out, found = load_model(source, device), Path(out), {}
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(files)} images with {source} on {device}; look at overlays, labels, objects.json in {out}.")
-    for start in tqdm(range(0, len(files), 16), desc="segmenting", unit="batch"):
-        images, size = [data.read_image(file, ()) for file in files[start:start + 16]], model.settings.size
-        small = np.stack([Image.fromarray(image).resize((size, size), Image.BILINEAR) for image in images])
-        latents = model.encode(torch.from_numpy(small).to(device).permute(0, 3, 1, 2).float() / 255)
-        for i, (file, image) in enumerate(zip(files[start:], images)):
-            one, (h, w), name = Latents(*(v[i:i + 1] for v in latents)), image.shape[:2], file.as_posix()
-            zoom = max(1, max(h, w) / 512)  # larger pictures are drawn smaller, and their labels enlarged
-            masks = model.draw(one, math.ceil(h / zoom), math.ceil(w / zoom))[1]
-            labels = layer_weights(masks, one.log_alpha, model.log_alpha_0).argmax(1)[0].byte().cpu().numpy()
-            flat = Image.fromarray(labels).resize((w, h), Image.NEAREST)
-            stem = name.replace("_", "__").replace("/", "_")  # no two names become one
-            flat.putpalette((255 * PALETTE).astype(np.uint8).tobytes())
-            flat.save(out / f"{stem}_labels.png")
-            labels, found[name] = np.asarray(flat), []
-            mix = np.where(labels[..., None] > 0, image / 2 + 127.5 * PALETTE[labels], image)
-            Image.fromarray(mix.astype(np.uint8)).save(out / f"{stem}_overlay.png")
-            for k in np.unique(labels[labels > 0]).tolist():
-                rows, columns = np.nonzero(labels == k)
-                x, y, alpha = (v[0, k - 1].item() for v in (one.x, one.y, one.log_alpha.exp()))
-                box = [int(v) for v in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]
-                found[name].append({"label": k, "x": (x + 1) * w / 2, "y": (y + 1) * h / 2, "alpha": alpha,
-                                    "s": one.s[0, k - 1].tolist(), "box": box, "area": len(rows)})
-    replace(out / "objects.json", lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
-
-def main(arguments=None):
+def main(arguments=None) -> int:
     """Returns the exit code: 0, 2 for what cannot be done, 130 if the user stopped it."""
-    given = vars(parse_arguments(arguments))
-    data_dir, out, device, only_evaluate, models, split, foreground, paths = (given.pop(name) for name in (
-        "data_dir", "out", "device", "eval", "model", "split", "foreground", "segment"))
     try:
-        s, (device, name) = make_settings(**given), pick_device(device)
-        if paths:
-            segment_files(paths, (models or [f"runs/{s.dataset}"])[0], out or "segments", device)
+        options, dataset = parse(arguments)
+        with data.usable(f"--device {options.device}", "choose another one"):
+            device = torch.zeros(1, device=options.device).device
+        run = f"runs/{options.config.dataset}"
+        if options.segment:
+            model = load_model((options.model or [run])[0], device)
+            out = Path(options.out or "segments")
+            data.segment_files(options.segment, out, model.segment, model.config.size, device)
             return 0
-        if not models:
-            run, models = Run(out or f"runs/{s.dataset}", s), [out or f"runs/{s.dataset}"]
-            if not only_evaluate and run.saved["t"] < run.total:
-                train_run(s, run, data_dir, device, name)
-        dataset, runs = given.get("dataset"), {}
-        for source in models:
-            dataset, runs[source] = evaluate_model(source, dataset, split, data_dir, s.limit, device, name)
-        print_table(dataset, runs, foreground)
+        run = options.out or run
+        if not options.eval and not options.model:
+            train(options.config, Path(run), options.data_dir, device)
+        runs = {}
+        for source in options.model or [run]:
+            dataset, runs[source] = score(source, dataset, options, device)
+        data.print_scores(dataset, runs)
         return 0
     except KeyboardInterrupt:
-        print("Stopped. With the same command a training goes on from its last checkpoint.", file=sys.stderr)
+        print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
-    except (SettingsError, data.DataError, OSError) as e:
-        hint = "; check the path, its permissions and the room on the disk" if isinstance(e, OSError) else ""
-        print(f"ast_seg.py: {e}{hint}", file=sys.stderr)
+    except (data.UserError, OSError) as error:
+        print(f"ast_seg.py: {error}", file=sys.stderr)
         return 2
 
 if __name__ == "__main__":
