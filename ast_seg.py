@@ -754,6 +754,7 @@ def show(axis, picture, title):
 def draw_curves(config: Config, log: list, path: Path):
     """Losses and validation scores over the steps of a run. log: the lines of log.jsonl."""
     figure, axes = plt.subplots(2, 1, figsize=(9, 6), sharex=True)
+    axes[0].set(title="phases 1, 2 and 3, from white to dark", ylabel="loss", yscale="log")
     panels = (("background", "reconstruction", "entropy"), ("mIoU", "ARI-FG", "MSC-FG"))
     for axis, names, corner in zip(axes, panels, ("upper right", "lower right")):
         for name in names:
@@ -764,7 +765,6 @@ def draw_curves(config: Config, log: list, path: Path):
         drop = config.background_steps + config.lr_drop_at * config.steps
         axis.axvline(drop, color="gray", ls=":", label="rate / 10")
         axis.legend(loc=corner)
-    axes[0].set(title="phases 1, 2 and 3, from white to dark", ylabel="loss", yscale="log")
     axes[1].set(ylabel="validation score (%)", xlabel="step", ylim=(0, 100))
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)

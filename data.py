@@ -497,14 +497,17 @@ def save_checkpoint(folder: Path, state: dict):
 def load_checkpoint(folder: Path, config: dict) -> dict:
     """What was saved, or the start of a new run. Raises UserError if it is not this run's."""
     file = folder / "checkpoint.pt"
+    new = {"config": config, "t": 0, "seconds": 0.0, "log": []}
     if not file.exists():
         if any(path.is_file() and path.suffix != ".part" for path in (folder, *folder.rglob("*"))):
             raise UserError(f"{folder} is not empty, and no run of ours; choose another --out.")
-        return {"config": config, "t": 0, "seconds": 0.0, "log": []}
+        return new
 
     with usable(file, "move its folder away to start anew, or choose another --out"):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         theirs = dict(saved["config"])
+        if saved["t"] == 0:  # it has no step to lose
+            return new
     changed = [name for name, value in config.items()
                if theirs.get(name) != value and not name.endswith("_every")]
     if changed:

@@ -296,6 +296,16 @@ def test_the_feature_maps_are_those_of_segformer_b3():
     widths = np.array(maps.net.config.hidden_sizes)
     assert (widths / maps.net.config.num_attention_heads == 64).all()
 
+def test_a_pretrained_backbone_comes_from_a_folder_and_the_decoder_stays_random(tmp_path):
+    backbone = ast_seg.Segformer("tiny", 9).net.segformer
+    backbone.save_pretrained(tmp_path)
+    model = ast_seg.Segformer("tiny", 20)
+    decoder = [weight.clone() for weight in model.net.decode_head.parameters()]
+    model.load_backbone(str(tmp_path))
+    ours = model.net.segformer.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in backbone.state_dict().items())
+    assert all(map(torch.equal, decoder, model.net.decode_head.parameters()))
+
 def trace(network, *inputs):
     """Its layers in turn, as rows of Table 2: of convolutions kernel, size, channels, stride and
     padding, then norm and activation."""
@@ -684,7 +694,8 @@ def test_a_run_trains_in_each_phase_what_it_should_and_nothing_else(tmp_path, mo
         learning = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None}
         expects_error = last_weight.grad is not None and bool(last_weight.grad[:, 3].any())
         steps = {int(state["step"]) for state in adam.state.values()}
-        seen[-1] = [*seen[-1][1:], learning, expects_error, steps]
+        names = {group["name"] for group in adam.param_groups}
+        seen[-1] = [*seen[-1][1:], learning, expects_error, steps, names]
     monkeypatch.setattr(ast_seg, "training_loss", loss)
     hook = register_optimizer_step_pre_hook(note)
     train(tmp_path, robustness_warmup=0.0)
@@ -694,7 +705,8 @@ def test_a_run_trains_in_each_phase_what_it_should_and_nothing_else(tmp_path, mo
     learning = {1: {"background"}, 2: objects, 3: objects | {"background"}}
     phases = [1] * 6 + [2] * 8 + [3] * 4
     steps = [*range(6), *range(8), *range(4)]  # that an Adam made: each phase has a new one
-    truth = [[phase, t, learning[phase], phase == 1, {step} if step else set()]
+    names = {1: {"background"}, 2: {"refine", "objects"}, 3: {"background", "refine", "objects"}}
+    truth = [[phase, t, learning[phase], phase == 1, {step} if step else set(), names[phase]]
              for t, (phase, step) in enumerate(zip(phases, steps))]
     assert seen == truth
 
@@ -830,7 +842,7 @@ def test_every_field_is_a_flag():
         choices = typing.get_args(field.type)
         given[field.name] = choices[-1] if choices else field.type(i)
     given |= dict(backbone="x", window=5, adam_beta1=0.3, adam_beta2=0.4)
-    given |= dict( heads=3, d_t=300, s_max=90.0, steps=6, phase2_steps=6)
+    given |= dict(heads=3, d_t=300, s_max=90.0, steps=6, phase2_steps=6)
     switches = dict(identity_start="--identity-start", anisotropic="--anisotropic")
     flags = [switches.get(name, flag(name, value)) for name, value in given.items()]
     assert asdict(ast_seg.parse(flags)[0].config) == given
@@ -1197,7 +1209,9 @@ def test_segments_have_the_colours_of_the_truth_and_rings_are_where_objects_were
     assert [axis.get_title() for axis in figures[0].axes[:7]] == [
         "step 7", "attention", "segments", "output", "background", "truth", ""]
 
-@pytest.mark.parametrize("log", [[{"t": 5, "background": 0.1}], [
+@pytest.mark.filterwarnings("ignore:Data has no positive values")
+@pytest.mark.parametrize("log", [
+    [{"t": 5, "background": 0.1}], [{"t": 5, "background": math.nan}], [
     {"t": 6, "background": 0.1, "mIoU": 3.0}, {"t": 7, "reconstruction": 0.3, "entropy": 0.2}]])
 def test_curves_show_what_the_log_has_so_far(log, figures, tmp_path):
     ast_seg.draw_curves(CONFIG, log, tmp_path / "curves.png")
@@ -1205,8 +1219,9 @@ def test_curves_show_what_the_log_has_so_far(log, figures, tmp_path):
     lines = {line.get_label(): line.get_xydata().tolist()
              for axis in figures[0].axes for line in axis.lines}
     assert [x for x, _ in lines.pop("rate / 10")] == [6 + 0.75 * 12] * 2
-    assert lines == {name: [[line["t"], line[name]] for line in log if name in line] for name in (
-        "background", "reconstruction", "entropy", "mIoU", "ARI-FG", "MSC-FG")}
+    names = ("background", "reconstruction", "entropy", "mIoU", "ARI-FG", "MSC-FG")
+    np.testing.assert_equal(lines, {  # nan is equal to nan
+        name: [[line["t"], line[name]] for line in log if name in line] for name in names})
 
 # --- Images of one's own ---
 @pytest.fixture(scope="module")
@@ -1273,7 +1288,7 @@ def test_every_label_has_a_colour_and_only_the_background_is_black():
 def mine(tmp_path_factory, finished):
     """A user's folder, where much is damaged or foreign."""
     folder = tmp_path_factory.mktemp("mine")
-    start = {"config": asdict(CONFIG), "t": 0, "seconds": 0.0, "log": []}
+    start = {"config": asdict(CONFIG), "t": 1, "seconds": 0.0, "log": []}
     states = {"run": start, "foreign": {"epoch": 3}, "list": [1, 2], "code": {"config": Path()},
               "words": {"config": "a.yaml"}}
     for name, state in states.items():
