@@ -54,7 +54,7 @@ class Config:
     adam_epsilon: float = 1e-9  # Adam epsilon: tiny, as the first gradients are (see log_alpha_0)
     steps: int = 125_000  # steps of phases 2 and 3 together; their schedule scales with it
     phase2_steps: int = 30_000  # of these, steps of phase 2
-    warmup_steps: int = 5000  # quadratic warm-up of the learning rate
+    warmup_steps: int = 5000  # quadratic warm-up of the rate (the transformer's: refine_warmup)
     entropy_warmup_steps: int = 10_000  # N_pixel, quadratic warm-up of lambda_pixel (Eq. 22)
     log_alpha_0: float = 11.0  # log of alpha_0, the background's activation before training
     d_z_what: int = 32  # numbers in z_what, an object's appearance
@@ -74,7 +74,7 @@ class Config:
     generator: Literal["b3", "tiny", "unet", "unet-small"] = "b3"  # of feature maps; b3: Segformer
     backbone: str = "nvidia/mit-b3"  # pretrained part of b3: a hub name, a folder, or random
     glimpse_size: Literal[0, 16, 32, 64] = 0  # side of the glimpses; 0: half the image's (Table 2)
-    curriculum: Literal["ct", "bt", "frozen"] = "ct"  # 3 phases; bt: 3 alone; frozen: 2 to the end
+    curriculum: Literal["ct", "bt", "frozen"] = "ct"  # phases 1-3; bt: 3 only; frozen: 1 and 2
     lr_drop_at: float = 0.9  # share of the steps after which the learning rate is a tenth
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the maps; auto: bf16 on a GPU
     window: int = 0  # local soft-argmax, over window x window cells (odd); 0: over all
@@ -83,7 +83,7 @@ class Config:
     # What SMALL needs to learn in minutes; these defaults leave the paper's training as it is
     identity_start: bool = False  # let the transformer start as the identity
     refine_lr_factor: float = 1.0  # learning rate of the transformer, in units of lr
-    refine_warmup: float = 0.04  # its warm-up, as a share of the steps
+    refine_warmup: float = 0.04  # its warm-up, as a share of the steps: 5000 of 125 000
     phase3_warmup: float = 0.0  # another warm-up at the start of phase 3, as a share of the steps
     background_lr_factor: float = 1.0  # learning rate of the background in phase 3, in units of lr
     robustness_warmup: float = 0.0  # share of phase 1 over which its loss becomes robust
@@ -120,11 +120,11 @@ SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default
     d_t=128, d_ff=256, layers=3, glimpse_size=16,  # enough for few objects in 64 x 64 pixels
     generator="unet-small",  # cheaper than a Segformer, and better without a pretrained backbone
     background="small", background_lr=5e-4, background_steps=800,  # enough for plain backdrops
-    robustness_warmup=0.9,  # robust from the start, so small a model never leaves a constant grey
+    robustness_warmup=0.9,  # robust at once, so small a model would stay a constant grey
     lr=1e-3, warmup_steps=200, steps=3600, phase2_steps=2250,  # fewer and larger steps
     lr_drop_at=0.75,  # outlines become sharp only after the drop
     log_alpha_0=4.0, s_max=8.0,  # visible sooner, and first glimpses of 14 pixels instead of 5
-    entropy_weight=5e-2, entropy_warmup_steps=2700,  # more, but later: early it puts them to sleep
+    entropy_weight=5e-2, entropy_warmup_steps=2700,  # more, but later: early, queries fall asleep
     identity_start=True,  # at such rates a random transformer sends all queries to one place,
     refine_lr_factor=0.1, refine_warmup=5 / 12,  # and so does one that learns before the maps
     phase3_warmup=1 / 36,  # the first step of a new Adam moves each weight by the full rate
@@ -191,7 +191,7 @@ def spatial_softmax(logits: Tensor) -> Tensor:
     return logits.flatten(-2).softmax(-1).view_as(logits)  # Eq. (11)
 
 def soft_argmax(logits: Tensor) -> Tensor:
-    """(..., h, w) of any range -> (..., 2): where the maximum is, in pixels, differentiably."""
+    """(..., h, w) of any range -> (..., 2), pixels: a differentiable estimate of the arg-max."""
     return affine_localizer(spatial_softmax(logits))  # Eq. (10)
 
 # --- 4.1 Model architecture: feature maps, attention maps, refinement (Algorithm 1) -------------
@@ -218,7 +218,7 @@ class Segformer(nn.Module):
             self.net.segformer.load_state_dict(pretrained.state_dict())
 
     def forward(self, images):
-        return self.net(images).logits
+        return self.net(images).logits  # no ImageNet normalisation of images, as the authors
 
 def coordinates(h: int, w: int, like: Tensor) -> Tensor:
     """Normalised coordinates of h x w cells, (2, h, w): x over columns, y over rows."""
@@ -236,8 +236,8 @@ def attend(attention: Tensor, features: Tensor) -> Tensor:
     return torch.einsum("nkhw,ndhw->nkd", attention, values)  # Eq. (14), (15), (16)
 
 class Refinement(nn.Module):
-    """Transformer encoder over the triplets, (n, K, d) -> (n, K, d): settles redundancies and
-    occlusions. No positional encoding: permuting the queries permutes what comes out."""
+    """Transformer encoder over the triplets, (n, K, d) -> (n, K, d) with d = d_phi + 2: settles
+    redundancies and occlusions. Without positional encoding: queries have no order."""
     def __init__(self, d, config):
         super().__init__()
         self.embed = nn.Linear(d, config.d_t)
@@ -252,7 +252,7 @@ class Refinement(nn.Module):
 
     @torch.no_grad()
     def start_as_identity(self, length=30.0):
-        """Ours, for large rates: a random transformer would move all positions off the image."""
+        """Ours, for large rates: a random transformer soon sends all queries to one place."""
         # A layer adds what its two branches make. Their last weights become 0, so it adds nothing.
         for layer in self.encoder.layers:
             for weight in (*layer.self_attn.out_proj.parameters(), *layer.linear2.parameters()):
@@ -284,9 +284,9 @@ def norm_celu(c):
 class GlimpseGenerator(nn.Sequential):
     """z_what (m, d) -> glimpses (m, 4, size, size) in [0, 1]: colours o_k, mask m_k (Table 2)."""
     def __init__(self, d, size):
-        c = max(64, 2 * size)
+        c = max(64, 2 * size)  # Table 2: 1x1 -> 2x2 with c channels; each doubling halves c
         layers = [nn.Unflatten(1, (d, 1, 1)), nn.ConvTranspose2d(d, c, 2, 2, bias=False)]
-        for _ in range(int(math.log2(size)) - 2):  # 1x1 -> 2x2, then -> 4x4 -> 8x8 ...
+        for _ in range(int(math.log2(size)) - 2):  # 2x2 -> 4x4 -> 8x8 ...
             layers += [norm_celu(c), nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)]
             c = c // 2
         layers += [norm_celu(c), nn.ConvTranspose2d(c, 4, 4, 2, 1)]  # ... -> size x size
@@ -304,8 +304,8 @@ def spatial_transformer(glimpses: Tensor, x: Tensor, y: Tensor, s: Tensor, h: in
         s_x, zero, -s_x * x,
         zero, s_y, -s_y * y], -1).view(-1, 2, 3)
 
-    # Eq. 12 puts -1 and 1 at the centres of the outer cells; `align_corners=False` puts them at
-    # the border of the image, half a pixel further out. We follow the authors.
+    # Eq. 12 puts -1 and 1 at the centres of a map's outer cells; `align_corners=False` puts them
+    # at the border of the image, half a cell further out. We follow the authors.
     grid = F.affine_grid(theta, (*glimpses.shape[:2], h, w), align_corners=False)
     return F.grid_sample(glimpses, grid, align_corners=False)
 
@@ -313,7 +313,7 @@ def layer_weights(masks: Tensor, log_alpha: Tensor, log_alpha_0: Tensor) -> Tens
     """How layers share each pixel: w_k = alpha_k M_k / sum_i alpha_i M_i, where M_0 = 1. masks:
     (n, K, h, w) in [0, 1]. log_alpha: (n, K). Returns (n, K + 1, h, w); 0 is the background."""
     # This is the softmax of log alpha_k + log M_k, which no alpha can overflow. Where M_k is 0 the
-    # logit is -inf, and log 1 is computed instead: log 0 must not even meet the gradient.
+    # logit is -inf, and log 1 is computed instead: the gradient of log 0, even times 0, is NaN.
     inside = masks > 0
     log_masks = torch.where(inside, masks, 1.0).log()
     logits = torch.where(inside, log_alpha[..., None, None] + log_masks, -math.inf)
@@ -327,7 +327,7 @@ class Scene(NamedTuple):
     layers: Tensor  # (n, K + 1, 3, h, w), L_k
 
 # --- 4.1 Model architecture: the background model of reference [38] -----------------------------
-BACKGROUNDS = {  # (kind, image side): channels of the encoder; of the generator, image to code
+BACKGROUNDS = {  # (kind, image side): channels from image to code, of encoder and generator
     ("simple", 64): ((3, 64, 160, 320, 160, 32, 16), (4, 144, 256, 512, 256, 32, 16)),
     ("simple", 128): ((3, 64, 160, 320, 160, 160, 32, 16), (4, 144, 256, 512, 256, 256, 32, 16)),
     ("complex", 64): ((3, 64, 160, 320, 160, 16, 16), (4, 144, 640, 1280, 640, 16, 16)),
@@ -336,7 +336,7 @@ BACKGROUNDS = {  # (kind, image side): channels of the encoder; of the generator
     ("small", 128): ((3, 8, 32, 64, 64, 64, 64, 16), (4, 8, 32, 64, 64, 64, 64, 16))}
 
 class BackgroundBlock(nn.Sequential):
-    """Convolve a map with its cells' positions appended: they let 16 numbers draw a picture."""
+    """Convolve a map, its cells' positions in [-1/2, 1/2] appended; a lone cell's are 1 ([38])."""
     def forward(self, x):
         n, c, h, w = x.shape
         position = coordinates(h, w, x) / 2 if h > 1 else x.new_ones(2, 1, 1)
@@ -350,16 +350,16 @@ class Background(nn.Sequential):
         encoder, generator = nn.Sequential(), nn.Sequential()
         # Kernel, stride, padding and output padding: 128 -> 64 -> ... -> 4, then 4 -> 2 and 2 -> 1
         geometry = [(5, 2, 2, 1)] * (len(e) - 3) + [(4, 2, 1, 0), (2, 1, 0, 0)]
-        for i, (kernel, stride, padding, rest) in enumerate(geometry):
+        for i, (kernel, stride, padding, extra) in enumerate(geometry):
             down = nn.Conv2d(e[i] + 2, e[i + 1], kernel, stride, padding, bias=False)
-            up = nn.ConvTranspose2d(g[i + 1] + 2, g[i], kernel, stride, padding, rest, bias=False)
+            up = nn.ConvTranspose2d(g[i + 1] + 2, g[i], kernel, stride, padding, extra, bias=False)
             encoder.append(BackgroundBlock(down, norm_celu(e[i + 1])))
             generator.insert(0, BackgroundBlock(up, norm_celu(g[i]) if i else nn.Sigmoid()))
         super().__init__(encoder, generator)
 
 # --- 4.1 Model architecture: the whole model (Fig. 1) -------------------------------------------
 class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
-    """One batch of CLEVR on its way from pixels to the loss, with K = 10 queries and d_phi = 34:
+    """One batch of CLEVR on its way from pixels to the loss, K = 10 and d_phi = 1 + 1 + 32 = 34:
 
         images      (64, 3, 128, 128)       in [0, 1]
         maps        (64, 10 + 34, 32, 32)   attention logits A_k, and features Phi
@@ -367,7 +367,7 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         triplets    (64, 10, 34 + 2)        (phi_k, x_k, y_k), which are then refined   Eq. 14-16
         latents     (64, 10) each           x, y, s, log_alpha; z_what: (64, 10, 32)    Algorithm 1
         glimpses    (640, 4, 64, 64)        colours o_k and mask m_k of each object     Table 2
-        layers      (64, 11, 3, 128, 128)   L_k, the background first; masks M_k
+        layers      (64, 11, 3, 128, 128)   L_k, L_0 first; masks M_k: (64, 10, 128, 128)
         weights     (64, 11, 128, 128)      w_k, which sum to 1 in each pixel           Eq. 17
         image       (64, 3, 128, 128)       the reconstruction                          Eq. 18
         loss        ()                                                                  Eq. 19-22
@@ -378,15 +378,15 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         self.config = config
         self.d_s = 2 if config.anisotropic else 1
         d_phi = self.d_s + 1 + config.d_z_what  # (s_k, alpha_k, z_k^what)
-        maps = UNet if config.generator in UNETS else Segformer
-        self.feature_maps = maps(config.generator, config.slots + d_phi)
+        network = UNet if config.generator in UNETS else Segformer  # UNet: section 5.2, below
+        self.feature_maps = network(config.generator, config.slots + d_phi)
         self.refine = Refinement(d_phi + 2, config) if config.layers else nn.Identity()
         glimpse_size = config.glimpse_size or config.size // 2
         self.glimpse_generator = GlimpseGenerator(config.d_z_what, glimpse_size)
         self.background = Background(config.background, config.size)
-        # Before alpha_0 = e^11 every object starts nearly invisible. The image is then linear in
-        # each w_k: a query feels its own gradient alone (Adam makes it large again), and finds
-        # where and what to draw before it appears and has to compete.
+        # At first alpha_0 = e^11 dwarfs each alpha_k, so w_k is about alpha_k M_k / alpha_0, which
+        # no other query changes: each follows its own small gradient (Adam makes it large again),
+        # and finds where and what to draw before it appears and has to compete.
         self.log_alpha_0 = nn.Parameter(torch.tensor(float(config.log_alpha_0)))
 
     def encode(self, images: Tensor) -> Latents:
@@ -433,13 +433,13 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         """images (n, 3, size, size) in [0, 1] -> labels (n, h, w), by default of that size: the
         layer of largest weight in each pixel, 0 for the background."""
         latents = self.encode(images)
-        layers, masks = self.draw(latents, h or images.shape[2], w or images.shape[3])
+        _, masks = self.draw(latents, h or images.shape[2], w or images.shape[3])
         return layer_weights(masks, latents.log_alpha, self.log_alpha_0).argmax(1)
 
 # --- 4.2.1 Loss function ------------------------------------------------------------------------
 def background_loss(output: Tensor, image: Tensor, robustness: float = 1.0) -> Tensor:
     """The robust loss of [38] for phase 1: what is badly rebuilt must be an object, and hardly
-    counts. output: (n, 4, h, w) of the background model. image: (n, 3, h, w) in [0, 1].
+    counts. output: (n, 4, h, w), colours and expected error. image: (n, 3, h, w) in [0, 1].
     robustness: 1 in [38]; ours may grow from 0, since at first everything is badly rebuilt."""
     beta = 3 / 255
     radius = image.shape[-1] // 75
@@ -462,7 +462,7 @@ def reconstruction_loss(image_hat: Tensor, image: Tensor) -> Tensor:
 
 def pixel_entropy_loss(weights: Tensor) -> Tensor:
     """Mean over pixels of the squared entropy of w, (n, K + 1, h, w): 0 where one layer takes all.
-    Squared, since -w log w has an infinite slope at w = 0, and its square none."""
+    Squared, since there the entropy has an infinite slope, but its square has slope 0."""
     return (weights * (weights + 1e-20).log()).sum(1).square().mean()  # Eq. (21)
 
 def warmup(step: float, steps: float) -> float:
@@ -499,8 +499,8 @@ def learning_rate(config: Config, phase: int, t: int, group: str) -> float:
     step = t - config.background_steps
     rate = config.lr * warmup(step, config.warmup_steps)
     if group == "refine":
-        late = warmup(step, config.refine_warmup * config.steps)
-        rate = config.lr * late * config.refine_lr_factor
+        own_warmup = warmup(step, config.refine_warmup * config.steps)
+        rate = config.lr * own_warmup * config.refine_lr_factor
     if group == "background":
         rate *= config.background_lr_factor
     if phase == 3:
@@ -535,7 +535,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
         model.load_state_dict(saved["model"])
     elif config.generator == "b3" and config.backbone != "random":
         model.feature_maps.load_backbone(config.backbone)
-    data.save_checkpoint(folder, saved)
+    data.save_checkpoint(folder, saved)  # better it fails now than after hours
     began = time.time() - saved["seconds"]  # had it never been interrupted
     print(f"Training on {len(scenes)} {config.dataset} scenes of {config.size} x {config.size} "
           f"pixels, on {device} with {torch.get_num_threads()} threads, into {folder}", flush=True)
@@ -545,7 +545,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
         if start >= last:
             continue
 
-        # Phase 1: the background learns. Phase 2: all else learns before it. Phase 3: both learn.
+        # Phase 1: the background learns. Phase 2: all else, in front of it, frozen. Phase 3: both.
         model.background.requires_grad_(phase != 2)
         optimizer = make_optimizer(model, phase)
         if start > first:
@@ -569,7 +569,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
             done = t + 1
             validate = done % config.validate_every == 0 or done == total
             if validate or done % config.log_every == 0:  # only here we wait for the device
-                line = {"t": done, "phase": phase, "lr": group["lr"]}
+                line = {"t": done, "phase": phase, "lr": group["lr"]}  # of the last group: objects
                 line |= {name: loss.item() for name, loss in losses.items()}
                 line["seconds"] = time.time() - began
                 if validate:
@@ -604,8 +604,8 @@ def pairwise_iou(table: Tensor) -> Tensor:
     return table / union.clamp_min(1)
 
 def mean_iou(table: Tensor) -> Tensor:
-    """mIoU [29]: predicted and true segments, the background among them, are matched one to one
-    for the largest sum of IoUs, divided by the number of segments of the side with more."""
+    """mIoU: segments, the background's too, matched one to one for the largest sum of IoUs, over
+    the larger number of segments. Where IoUs are 0, [29] may count more pairs, and is lower."""
     ious = pairwise_iou(table).numpy()
     best = [iou[linear_sum_assignment(iou, maximize=True)].sum() for iou in ious]
     segments = [(table.sum(side) > 0).sum(1) for side in (1, 2)]
@@ -629,7 +629,7 @@ def segmentation_covering(table: Tensor) -> Tensor:
     return (best * objects).sum(1) / objects.sum(1).clamp_min(1)
 
 def foreground_iou(table: Tensor) -> Tensor:
-    """Not in this paper: IoU of the unions of all objects (DRC, section E), 1 without any."""
+    """Not in this paper: IoU of the unions of all objects (DRC, arXiv 2110.01070), 1 if none."""
     union = table.sum((1, 2)) - table[:, 0, 0]
     return torch.where(union == 0, 1.0, table[:, 1:, 1:].sum((1, 2)) / union.clamp_min(1))
 
@@ -660,7 +660,7 @@ def evaluate(model: ASTSeg, scenes: data.Scenes, device: torch.device) -> dict:
 #     K = maximum + 1, or x 2    --slots 11, 20       frozen background model   --curriculum frozen
 #     U-Net for Segformer        --generator unet     anisotropic scaling       --anisotropic
 #     random backbone            --backbone random    baseline training         --curriculum bt
-UNETS = {  # widths from the first convolution to the centre; its kernel, stride and padding
+UNETS = {  # widths from the first convolution to the centre; kernel, stride, padding of the first
     "unet": ((80, 128, 192, 256, 256, 256), (3, 1, 1)),  # Table 3, whose d_Phi is our K + d_phi
     "unet-small": ((32, 48, 64, 64, 64), (8, 4, 2))}  # ours, for laptops
 
@@ -701,8 +701,8 @@ class UNet(nn.Module):
         return self.last(x)
 
 def local_softmax(logits: Tensor, window: int) -> Tensor:
-    """Not in this paper: softmax over window x window cells around the peak (keypoints, Eq. 5). It
-    locates equivariantly, but is not affine: of the mean of two maps it may see one peak alone."""
+    """Not in this paper: softmax over window x window cells around the peak (keypoint prototypes).
+    It locates equivariantly, but not affinely: of the mean of two maps it may see one peak."""
     h, w = logits.shape[-2:]
     peak = logits.flatten(-2).argmax(-1)[..., None]  # (..., 1)
     rows = (torch.arange(h, device=logits.device) - peak // w).abs() <= window // 2  # (..., h)
@@ -734,8 +734,8 @@ def draw_segmentations(model: ASTSeg, scenes: data.Scenes, path: Path, title="in
         attention = (maps / maps.amax((1, 2), keepdim=True)).amax(0)
         pictures = (images[i], attention, colours[pred[i]], scene.image[i], scene.layers[i, 0],
                     data.PALETTE[true[i]])
-        for axis, picture, title in zip(axes[i], pictures, titles):
-            show(axis, picture, "" if i else title)
+        for axis, picture, column in zip(axes[i], pictures, titles):
+            show(axis, picture, "" if i else column)
         for k in visible:
             place = (latents.x[i, k - 1].item(), latents.y[i, k - 1].item())
             axes[i, 1].add_patch(plt.Circle(place, 0.12, fill=False, color=colours[k], lw=1.5))
@@ -784,7 +784,7 @@ class Options:
     segment: list[str] = field(default_factory=list)  # images, or folders of them, to segment
 
 def parse(arguments) -> tuple[Options, str | None]:
-    """The options, and the dataset if given. What chooses the preset, their defaults, is first."""
+    """The options, and --dataset if given. Three flags choose the preset: the others' defaults."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", choices=data.DATASETS)
     first.add_argument("--small", action=argparse.BooleanOptionalAction)
