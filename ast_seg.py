@@ -9,7 +9,7 @@ a spatial transformer places it, an autoencoder draws the background; all compet
 
     python ast_seg.py                                             # coloured shapes, on a laptop
     python ast_seg.py --dataset clevr --data-dir DIR              # the paper's model, on one GPU
-    python ast_seg.py --eval --model runs/clevr --dataset clevr6  # score it, here on another set
+    python ast_seg.py --eval --model runs/clevr --data-dir DIR    # score it once more
     python ast_seg.py --segment photos/ --model runs/clevr        # segment images of your own
 
 Shapes in comments: n images, K object queries, c channels, h x w pixels, h* x w* cells of a map.
@@ -43,7 +43,7 @@ class Config:
     dataset: Literal[tuple(data.DATASETS)] = "clevr"  # what to train on
     # Table 1, background model pretraining (phase 1)
     background_batch_size: int = 128  # images in a step of phase 1
-    background_lr: float = 2e-3  # learning rate of phase 1, a tenth after 80 percent of its steps
+    background_lr: float = 2e-3  # learning rate of phase 1, a tenth after 80 percent of it ([38])
     background_steps: int = 2500  # steps of phase 1: 2500 for a fixed background, else 500000
 
     # Table 1, foreground model training (phases 2 and 3)
@@ -59,8 +59,8 @@ class Config:
     log_alpha_0: float = 11.0  # log of alpha_0, the background's activation before training
     d_z_what: int = 32  # numbers in z_what, an object's appearance
     entropy_weight: float = 1e-2  # lambda_pixel, weight of the pixel entropy loss (Eq. 22)
-    s_min: float = 1.3  # smallest inverse scale: above 1, no glimpse is the whole image
-    s_max: float = 24.0  # largest inverse scale: the smallest glimpse still has a gradient
+    s_min: float = 1.3  # smallest inverse scale; above 1, so that no glimpse is the whole image
+    s_max: float = 24.0  # largest inverse scale; beyond, a glimpse is too small for a gradient
     d_t: int = 256  # d_T, width of the transformer encoder
     heads: int = 8  # attention heads of its layers
     d_ff: int = 512  # width of its feed-forward layers
@@ -112,7 +112,7 @@ class Config:
             raise data.UserError("--window must be odd, so that the peak is in its middle.")
         if self.s_max <= self.s_min:
             raise data.UserError("--s-max must be larger than --s-min.")
-        if self.d_t % self.heads or self.d_t < self.d_z_what + 7:
+        if self.d_t % self.heads or self.d_t < self.d_z_what + 7:  # 7: for start_as_identity
             raise data.UserError("--d-t must be a multiple of --heads and over --d-z-what + 6.")
 
 SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default for shapes
@@ -165,7 +165,7 @@ def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Conf
 #     M(phi) = C + sum_p phi(p) p                                                   Eq. (4)
 #
 # Proof. Let delta be the map with a 1 at the origin. Each map is a mixture of shifted deltas, with
-# weights phi(q) that sum to 1, so that M may be applied to each of them:
+# weights phi(q) that sum to 1, so M may be applied to each of them, where Eq. 3 adds q:
 #
 #     phi = sum_q phi(q) delta(. - q)                                               Eq. (5)
 #     M(phi) = M(sum_q phi(q) delta(. - q))                                         Eq. (6)
@@ -232,7 +232,7 @@ def attend(attention: Tensor, features: Tensor) -> Tensor:
     xy = coordinates(*features.shape[-2:], features).expand(len(features), -1, -1, -1)
     values = torch.cat([features, xy], 1)  # (n, d + 2, h*, w*)
     # Each map is a softmax, so the average of the coordinates *is* the soft-argmax of Eq. 10, in
-    # units of half images. The features are averaged by the same weights.
+    # half images from the middle. The features are averaged by the same weights.
     return torch.einsum("nkhw,ndhw->nkd", attention, values)  # Eq. (14), (15), (16)
 
 class Refinement(nn.Module):
@@ -258,8 +258,8 @@ class Refinement(nn.Module):
             for weight in (*layer.self_attn.out_proj.parameters(), *layer.linear2.parameters()):
                 weight.zero_()
         # What is left are layer norms: they subtract a token's mean, divide by its deviation. We
-        # embed along directions of mean 0, so nothing is subtracted. A long constant along one
-        # more direction all but decides the deviation, and the projection multiplies by it.
+        # embed along directions of mean 0, so nothing is subtracted. Along one more direction goes
+        # a constant so long that the deviation is nearly length / sqrt(d_t); `project` undoes it.
         d_t, d = self.embed.weight.shape
         random = torch.randn(d_t, d + 1)
         directions = torch.linalg.qr(random - random.mean(0))[0]  # (d_t, d + 1), orthonormal
@@ -278,11 +278,11 @@ class Latents(NamedTuple):
     attention: Tensor  # (n, K, h*, w*), maps that sum to 1
 
 # --- 4.1 Model architecture: glimpses, spatial transformer, compositing (Algorithm 2) -----------
-def norm_celu(c):
+def norm_celu(c):  # Table 2: one group for each 16 channels, at least one
     return nn.Sequential(nn.GroupNorm(max(1, c // 16), c), nn.CELU())
 
 class GlimpseGenerator(nn.Sequential):
-    """z_what (m, d) -> glimpses (m, 4, size, size) in [0, 1]: colours o_k, mask m_k (Table 2)."""
+    """z_what (m, d), m = n K -> glimpses (m, 4, size, size) in [0, 1]: colours o_k, mask m_k."""
     def __init__(self, d, size):
         c = max(64, 2 * size)  # Table 2: 1x1 -> 2x2 with c channels; each doubling halves c
         layers = [nn.Unflatten(1, (d, 1, 1)), nn.ConvTranspose2d(d, c, 2, 2, bias=False)]
@@ -364,7 +364,7 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         images      (64, 3, 128, 128)       in [0, 1]
         maps        (64, 10 + 34, 32, 32)   attention logits A_k, and features Phi
         attention   (64, 10, 32, 32)        each map sums to 1                          Eq. 11
-        triplets    (64, 10, 34 + 2)        (phi_k, x_k, y_k), which are then refined   Eq. 14-16
+        triplets    (64, 10, 34 + 2)        (phi_k^0, x_k^0, y_k^0), then refined       Eq. 14-16
         latents     (64, 10) each           x, y, s, log_alpha; z_what: (64, 10, 32)    Algorithm 1
         glimpses    (640, 4, 64, 64)        colours o_k and mask m_k of each object     Table 2
         layers      (64, 11, 3, 128, 128)   L_k, L_0 first; masks M_k: (64, 10, 128, 128)
@@ -445,11 +445,11 @@ def background_loss(output: Tensor, image: Tensor, robustness: float = 1.0) -> T
     radius = image.shape[-1] // 75
     # Smooth-L1: outliers pull no more than linearly, and below three grey levels it is smooth.
     error = F.smooth_l1_loss(output[:, :3], image, beta=beta, reduction="none")
-    error = error.sum(1, keepdim=True)
+    error = error.sum(1, keepdim=True)  # (n, 1, h, w); the fourth output learns a third of it
     noise = F.smooth_l1_loss(output[:, 3:], error.detach() / 3, beta=beta, reduction="none")
     # tanh: a soft mask of the objects, 0 where the error is small and 1 where it is large.
     mask = (error.detach() / 0.25).tanh()
-    # Blur: single pixels of an object may happen to have the background's colour.
+    # Blur (not at 64 pixels): single pixels of an object may have the background's colour.
     mask = F.avg_pool2d(mask, 2 * radius + 1, 1, radius, count_include_pad=False)
     # exp: weights from 1 for the background down to e^-6 = 0.0025 for objects.
     weight = (-6 * robustness * mask).exp()
@@ -535,8 +535,8 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
         model.load_state_dict(saved["model"])
     elif config.generator == "b3" and config.backbone != "random":
         model.feature_maps.load_backbone(config.backbone)
-    data.save_checkpoint(folder, saved)  # better it fails now than after hours
-    began = time.time() - saved["seconds"]  # had it never been interrupted
+    data.save_checkpoint(folder, saved)  # where the disk refuses, fail now and not after hours
+    began = time.time() - saved["seconds"]  # as if there had been no interruption
     print(f"Training on {len(scenes)} {config.dataset} scenes of {config.size} x {config.size} "
           f"pixels, on {device} with {torch.get_num_threads()} threads, into {folder}", flush=True)
 
@@ -569,7 +569,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
             done = t + 1
             validate = done % config.validate_every == 0 or done == total
             if validate or done % config.log_every == 0:  # only here we wait for the device
-                line = {"t": done, "phase": phase, "lr": group["lr"]}  # of the last group: objects
+                line = {"t": done, "phase": phase, "lr": group["lr"]}  # background, then objects
                 line |= {name: loss.item() for name, loss in losses.items()}
                 line["seconds"] = time.time() - began
                 if validate:
@@ -640,7 +640,7 @@ METRICS = {  # of a contingency table (n, m, m): (n,), in [0, 1] but for ARI-FG
 @torch.no_grad()
 def evaluate(model: ASTSeg, scenes: data.Scenes, device: torch.device) -> dict:
     """Each scene's scores, arrays (N,) by metric, in percent. The MSE is summed over pixels and
-    channels [29], and alone where labels are unknown. Leaves the model in evaluation mode."""
+    channels [29], and the only score where labels are unknown. Leaves the model in eval mode."""
     model.eval()
     metrics = METRICS if scenes.labelled else {}
     scores = {name: [] for name in (*metrics, "MSE")}
@@ -784,7 +784,7 @@ class Options:
     segment: list[str] = field(default_factory=list)  # images, or folders of them, to segment
 
 def parse(arguments) -> tuple[Options, str | None]:
-    """The options, and --dataset if given. Three flags choose the preset: the others' defaults."""
+    """The options, and --dataset if given. Three flags choose the defaults of all the others."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", choices=data.DATASETS)
     first.add_argument("--small", action=argparse.BooleanOptionalAction)
