@@ -22,7 +22,6 @@ import signal
 import subprocess
 import sys
 import struct
-import sys
 import tarfile
 import threading
 import typing
