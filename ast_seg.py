@@ -100,6 +100,7 @@ class Config:
             self.background_steps = self.phase2_steps = 0
         if self.curriculum == "frozen" or self.phase2_steps > self.steps:
             self.phase2_steps = self.steps
+
         least = {"batch_size": 2, "log_alpha_0": -1e6, **dict.fromkeys((  # 2: for batch norm
             "steps", "background_batch_size", "slots", "d_z_what", "d_t", "d_ff", "heads", "s_min",
             "log_every", "validate_every", "checkpoint_every"), 1)}
@@ -257,6 +258,7 @@ class Refinement(nn.Module):
         for layer in self.encoder.layers:
             for weight in (*layer.self_attn.out_proj.parameters(), *layer.linear2.parameters()):
                 weight.zero_()
+
         # What is left are layer norms: they subtract a token's mean, divide by its deviation. We
         # embed along directions of mean 0, so nothing is subtracted. Along one more direction goes
         # a constant so long that the deviation is nearly length / sqrt(d_t); `project` undoes it.
@@ -384,6 +386,7 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         glimpse_size = config.glimpse_size or config.size // 2
         self.glimpse_generator = GlimpseGenerator(config.d_z_what, glimpse_size)
         self.background = Background(config.background, config.size)
+
         # At first alpha_0 = e^11 dwarfs each alpha_k, so w_k is about alpha_k M_k / alpha_0, which
         # no other query changes: each follows its own small gradient (Adam makes it large again),
         # and finds where and what to draw before it appears and has to compete.
@@ -397,10 +400,12 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
             maps = self.feature_maps(images)
         maps = maps.float()  # (n, K + d_phi, h*, w*); a soft-argmax needs all its digits
         logits, features = maps[:, :config.slots], maps[:, config.slots:]
+
         attention = spatial_softmax(logits)  # Eq. (11)
         if config.window:
             attention = local_softmax(logits, config.window)
         triplets = self.refine(attend(attention, features))  # (n, K, d_phi + 2)
+
         # With one scale the authors' program takes alpha from z_what; the paper splits as we do.
         s, log_alpha, z_what, xy = triplets.split([self.d_s, 1, config.d_z_what, 2], -1)
         s = config.s_min + (config.s_max - config.s_min) * s.sigmoid()
@@ -443,6 +448,7 @@ def background_loss(output: Tensor, image: Tensor, robustness: float = 1.0) -> T
     robustness: 1 in [38]; ours may grow from 0, since at first everything is badly rebuilt."""
     beta = 3 / 255
     radius = image.shape[-1] // 75
+
     # Smooth-L1: outliers pull no more than linearly, and below three grey levels it is smooth.
     error = F.smooth_l1_loss(output[:, :3], image, beta=beta, reduction="none")
     error = error.sum(1, keepdim=True)  # (n, 1, h, w); the fourth output learns a third of it
@@ -476,6 +482,7 @@ def training_loss(model: ASTSeg, images: Tensor, phase: int, t: int) -> tuple[Te
         robustness = warmup(t, config.robustness_warmup * config.background_steps)
         loss = background_loss(model.background(images), images, robustness)
         return loss, {"background": loss}
+
     scene = model(images)
     reconstruction = reconstruction_loss(scene.image, images)
     entropy = pixel_entropy_loss(scene.weights)
@@ -495,6 +502,7 @@ def learning_rate(config: Config, phase: int, t: int, group: str) -> float:
     """The rate of step t of a run, for the `background`, `objects` or `refine` weights (5.1)."""
     if phase == 1:
         return config.background_lr * (0.1 if t >= 0.8 * config.background_steps else 1.0)
+
     # Phases 2 and 3 have one schedule: a quadratic warm-up, then constant, at the end a tenth.
     step = t - config.background_steps
     rate = config.lr * warmup(step, config.warmup_steps)
@@ -735,21 +743,13 @@ def draw_segmentations(model: ASTSeg, scenes: data.Scenes, path: Path, title="in
         pictures = (images[i], attention, colours[pred[i]], scene.image[i], scene.layers[i, 0],
                     data.PALETTE[true[i]])
         for axis, picture, column in zip(axes[i], pictures, titles):
-            show(axis, picture, "" if i else column)
+            data.show(axis, picture, "" if i else column)
         for k in visible:
             place = (latents.x[i, k - 1].item(), latents.y[i, k - 1].item())
             axes[i, 1].add_patch(plt.Circle(place, 0.12, fill=False, color=colours[k], lw=1.5))
     figure.subplots_adjust(0, 0, 1, 0.97, 0.03, 0.03)
     figure.savefig(path)
     plt.close(figure)
-
-def show(axis, picture, title):
-    """An image (3, h, w) or (h, w, 3) in [0, 1], or a map (h, w), in coordinates from -1 to 1."""
-    picture = torch.as_tensor(picture).cpu()
-    picture = picture.movedim(0, 2).clamp(0, 1) if len(picture) == 3 else picture
-    axis.imshow(picture.numpy(), "gray", vmin=0, extent=(-1, 1, 1, -1), interpolation="nearest")
-    axis.set_title(title, fontsize=9, pad=3)
-    axis.axis("off")
 
 def draw_curves(config: Config, log: list, path: Path):
     """Losses and validation scores over the steps of a run. log: the lines of log.jsonl."""

@@ -543,6 +543,14 @@ def print_scores(name: str, runs: dict[str, dict]):
 
 PALETTE = np.array([(0, 0, 0), *12 * (colormaps["tab10"].colors + colormaps["Set3"].colors)])[:256]
 
+def show(axis, picture, title: str = ""):
+    """Show an image (3, h, w) or (h, w, 3) in [0, 1], or a map (h, w); x and y from -1 to 1."""
+    picture = torch.as_tensor(picture).cpu()
+    picture = picture.movedim(0, 2).clamp(0, 1) if len(picture) == 3 else picture
+    axis.imshow(picture.numpy(), "gray", vmin=0, extent=(-1, 1, 1, -1), interpolation="nearest")
+    axis.set_title(title, fontsize=9, pad=3)
+    axis.axis("off")
+
 def segment_files(paths: list, out: Path, segment: Callable, size: int, device):
     """Write a label map and an overlay of each image, or image in a folder, and objects.json.
     segment: images (1, 3, size, size) in [0, 1], h, w -> labels (1, h, w), as ASTSeg has it."""

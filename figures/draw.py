@@ -42,7 +42,7 @@ def draw_objects(model, image, path):
         axis.set_title(title, fontsize=9, pad=3)
 
     def put(row, column, picture):
-        ast_seg.show(axes[row, column], picture, axes[row, column].get_title())
+        data.show(axes[row, column], picture, axes[row, column].get_title())
 
     put(0, 0, image)
     put(0, 3, scene.layers[0, 0])
