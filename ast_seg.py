@@ -180,7 +180,7 @@ def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Conf
 #     soft-argmax(A) = sum_p softmax(A)(p) p                                        Eq. (10)
 
 def affine_localizer(phi: Tensor, C=0.0) -> Tensor:
-    """The only equivariant and affine way to locate. phi: (..., h, w), summing to 1 over both.
+    """The only equivariant and affine way to locate, but for C. phi: (..., h, w), of sum 1 each.
     Returns (..., 2): (x, y) in pixels, x along columns, y along rows, (0, 0) the first pixel."""
     h, w = phi.shape[-2:]
     x = phi.sum(-2) @ torch.arange(w, dtype=phi.dtype, device=phi.device)

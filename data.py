@@ -488,7 +488,7 @@ def batches(scenes: Scenes, batch_size: int, seed: int, start: int, stop: int, d
 
 # --- The files of a run: checkpoints, scores, images of one's own ---
 def save_checkpoint(folder: Path, state: dict):
-    """Write checkpoint.pt, under another name first: whatever interrupts us, no half file is found."""
+    """Write checkpoint.pt, under another name first: whatever happens, no half file is found."""
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     part = folder / "checkpoint.pt.part"
     torch.save(state, part)
@@ -511,8 +511,8 @@ def load_checkpoint(folder: Path, config: dict) -> dict:
     changed = [name for name, value in config.items()
                if theirs.get(name) != value and not name.endswith("_every")]
     if changed:
-        raise UserError(f"{folder} is a run with other settings ({', '.join(changed)}); repeat its "
-                        "flags, or choose another --out.")
+        raise UserError(f"{folder} is a run with other settings ({', '.join(changed)}); repeat "
+                        "its flags, or choose another --out.")
     return saved
 
 PAPER = {  # AST-Seg-B3-BT and -CT in Tables 1 to 3: mIoU, ARI-FG, MSC-FG, MSE

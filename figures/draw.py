@@ -1,4 +1,4 @@
-"""Draw the README's pictures of a trained run: python figures/draw.py runs/shapes [FOLDER] [DATA_DIR]
+"""Draw the README's pictures of a run: python figures/draw.py runs/shapes [FOLDER] [DATA_DIR]
 
 shapes.png        six scenes of the test split, as the run itself draws them
 objects.png       Algorithms 1 and 2: one scene taken apart into its layers, and put together again
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @torch.no_grad()
 def draw_objects(model, image, path):
-    """image: (3, h, w) in [0, 1]. A row for the background, one for each query, one for their sum."""
+    """image: (3, h, w) in [0, 1]. Rows for the background, for each query, and for their sum."""
     h, w = image.shape[-2:]
     latents = model.encode(image[None])
     scene = model.render(latents, model.background(image[None])[:, :3])
@@ -68,8 +68,8 @@ def draw_objects(model, image, path):
 
 @torch.no_grad()
 def draw_equivariance(model, image, path):
-    """The largest object of an image (3, h, w) slides over its background, drawn there by the model
-    itself, and is found again: by the soft-argmax of a convolution of its mask, and by the model."""
+    """The largest object of an image (3, h, w) slides over its background, drawn by the model
+    itself, and is found by the soft-argmax of a convolution of its mask, and by the model."""
     latents = model.encode(image[None])
     background = model.background(image[None])[:, :3]
     k = model.render(latents, background).weights[0, 1:].sum((1, 2)).argmax().item()
