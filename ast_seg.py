@@ -234,7 +234,7 @@ def attend(attention: Tensor, features: Tensor) -> Tensor:
     values = torch.cat([features, xy], 1)  # (n, d + 2, h*, w*)
     # Each map is a softmax, so the average of the coordinates *is* the soft-argmax of Eq. 10, in
     # half images from the middle. The features are averaged by the same weights.
-    return torch.einsum("nkhw,ndhw->nkd", attention, values)  # Eq. (14), (15), (16)
+    return torch.einsum("nkhw,ndhw->nkd", attention, values)  # Eq. (14, 15, 16)
 
 class Refinement(nn.Module):
     """Transformer encoder over the triplets, (n, K, d) -> (n, K, d) with d = d_phi + 2: settles
