@@ -569,7 +569,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
                 group["lr"] = learning_rate(config, phase, t, group["name"])
 
             model.train()
-            optimizer.zero_grad()  # before the forward pass: old gradients would live through it
+            model.zero_grad()  # before the forward pass, which old gradients would live through
             loss, losses = training_loss(model, images, phase, t)
             loss.backward()
             optimizer.step()
