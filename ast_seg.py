@@ -584,8 +584,8 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
                     scores = evaluate(model, val_scenes, device)
                     line |= {name: values.mean().item() for name, values in scores.items()}
                 saved["log"].append(line)
-                lines = "".join(json.dumps(line) + "\n" for line in saved["log"])
-                (folder / "log.jsonl").write_text(lines)
+                with open(folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
                 bar.set_postfix({k: line[k] for k in (*losses, "mIoU", "ARI-FG") if k in line})
             if validate:
                 frame = folder / f"frames/{done:07}.png"
@@ -637,7 +637,7 @@ def segmentation_covering(table: Tensor) -> Tensor:
     return (best * objects).sum(1) / objects.sum(1).clamp_min(1)
 
 def foreground_iou(table: Tensor) -> Tensor:
-    """Not in this paper: IoU of the unions of all objects (DRC, arXiv 2110.01070), 1 if none."""
+    """Not in this paper: IoU of the unions of all objects (DRC, its section E), 1 if none."""
     union = table.sum((1, 2)) - table[:, 0, 0]
     return torch.where(union == 0, 1.0, table[:, 1:, 1:].sum((1, 2)) / union.clamp_min(1))
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import google_crc32c
@@ -365,7 +365,7 @@ DATASETS: dict[str, Dataset] = {  # the fields in their order, up to `splits`, `
     "shapes": Dataset(  # ours, for a laptop
         read_drawn, 6, False, "small", 64, (64, 64), 0, (320, 320, 8192), draw=draw_shapes),
     "tm_dsprites": Dataset(read_drawn, 3, False, "complex", 128, (128, 128), 0, (320, 320, 19_360),
-                           draw=draw_tm_dsprites),  # ours after the text of DRC, arXiv 2110.01070
+                           draw=draw_tm_dsprites),  # ours, after DRC's text
     "clevr": CLEVR,
     "clevr6": replace(CLEVR, slots=6, most_objects=6),
     "clevrtex": CLEVRTEX,
@@ -467,14 +467,18 @@ def load(name: str, split: str, data_dir="datasets", limit: int = 0, size: int =
         return Scenes(scenes[:, :3], labels, labelled)
 
 # --- Batches ---
+@lru_cache(4)
+def epoch_order(count, seed, epoch):
+    """A permutation of range(count), kept while its batches are taken."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
 def batch_indices(count, batch_size, seed, step):
     """(batch_size,) int64: which of `count` scenes make the batch at `step`, by the arguments
     alone. Each epoch is a new permutation without its last incomplete batch."""
     if count < batch_size:  # too few scenes are drawn with replacement
         return np.random.default_rng((seed, step)).integers(count, size=batch_size)
     epoch, batch = divmod(step, count // batch_size)
-    order = np.random.default_rng((seed, epoch)).permutation(count)
-    return order[batch * batch_size:(batch + 1) * batch_size]
+    return epoch_order(count, seed, epoch)[batch * batch_size:(batch + 1) * batch_size]
 
 def batches(scenes: Scenes, batch_size: int, seed: int, start: int, stop: int, device):
     """Yield the batches of steps start..stop - 1: (batch_size, 3, H, W) uint8 tensors on `device`.
@@ -488,11 +492,14 @@ def batches(scenes: Scenes, batch_size: int, seed: int, start: int, stop: int, d
 
 # --- The files of a run: checkpoints, scores, images of one's own ---
 def save_checkpoint(folder: Path, state: dict):
-    """Write checkpoint.pt, under another name first: whatever happens, no half file is found."""
+    """Write checkpoint.pt, under another name first: whatever happens, no half file is found.
+    log.jsonl is made to agree with it: a run that goes on logs later steps again."""
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     part = folder / "checkpoint.pt.part"
     torch.save(state, part)
     part.replace(folder / "checkpoint.pt")
+    log = "".join(json.dumps(line) + "\n" for line in state["log"])
+    (folder / "log.jsonl").write_text(log)
 
 def load_checkpoint(folder: Path, config: dict) -> dict:
     """What was saved, or the start of a new run. Raises UserError if it is not this run's."""

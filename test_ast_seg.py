@@ -1000,6 +1000,19 @@ def test_a_finished_run_is_only_scored_which_ctrl_c_ends(finished, arguments, mo
     monkeypatch.setattr(ast_seg, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
     assert ast_seg.main(arguments(folder)) == 130 and "Stopped" in capsys.readouterr().err
 
+def test_each_line_of_the_log_is_written_about_once(tmp_path, monkeypatch, no_pictures):
+    """A run of 125 000 steps has thousands: all anew for each one would take longer than steps."""
+    dumps = json.dumps
+    written = []
+
+    def note(line, **more):
+        written.append(line)
+        return dumps(line, **more)
+    monkeypatch.setattr(json, "dumps", note)
+    train(tmp_path / "run", steps=40, phase2_steps=40, checkpoint_every=99, validate_every=99)
+    lines = [line for line in written if isinstance(line, dict) and "seconds" in line]
+    assert len(lines) < 3 * len(read_log(tmp_path / "run"))
+
 def test_randomness_in_a_step_depends_on_seed_and_step_alone(tmp_path, monkeypatch, no_pictures):
     training_loss = ast_seg.training_loss
     seen = []
@@ -1809,6 +1822,19 @@ def test_batches_depend_on_seed_and_step_alone_and_each_epoch_is_a_permutation()
     few = [data.batch_indices(3, 32, *seeds) for seeds in ((0, 0), (0, 1), (1, 0), (0, 0))]
     assert all(set(indices) == {0, 1, 2} and len(indices) == 32 for indices in few)
     assert np.array_equal(few[0], few[3]) and len({indices.tobytes() for indices in few}) == 3
+
+def test_an_epoch_is_shuffled_once(monkeypatch):
+    """A million scenes take 34 ms to shuffle, and a step little longer."""
+    default_rng = np.random.default_rng
+    calls = []
+
+    def note(seed):
+        calls.append(seed)
+        return default_rng(seed)
+    monkeypatch.setattr(np.random, "default_rng", note)
+    for step in range(30):
+        data.batch_indices(1003, 100, 12345, step)
+    assert len(calls) == 3  # ten batches each
 
 def test_batches_come_in_order_a_few_ahead_raise_the_error_and_leave_no_thread(monkeypatch):
     threads = threading.active_count()
