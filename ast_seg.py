@@ -202,6 +202,11 @@ SEGFORMERS = {
     "tiny": dict(depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 64, 128],  # ours, for laptops
                  num_attention_heads=[1, 2, 4, 8], decoder_hidden_size=64)}
 
+def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
+    """A last layer, whatever autocast says: bfloat16 would round logits of 8 to 16 to 0.06."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.to(layer.weight.dtype))
+
 class Segformer(nn.Module):
     """Images (n, 3, h, w) in [0, 1] -> maps of a quarter of the side, (n, channels, h/4, w/4)."""
     def __init__(self, name, channels):
@@ -219,7 +224,22 @@ class Segformer(nn.Module):
             self.net.segformer.load_state_dict(pretrained.state_dict())
 
     def forward(self, images):
-        return self.net(images).logits  # no ImageNet normalisation of images, as the authors
+        # No ImageNet normalisation, as the authors. Levels: 1/4, 1/8, 1/16, 1/32 of the side.
+        levels = self.net.segformer(images, output_hidden_states=True).hidden_states
+        projections, fuse, *rest, classifier = self.net.decode_head.children()
+
+        # The library projects each level to d channels, enlarges it, and fuses all by a 1x1
+        # convolution. That is linear, so one product does it per level, and before enlarging:
+        # a twentieth of the multiplications, the same result.
+        maps = 0
+        for level, projection, fusing in zip(levels, projections, reversed(fuse.weight.chunk(4, 1))):
+            fusing = fusing.flatten(1)  # (d, d)
+            weight, bias = fusing @ projection.proj.weight, fusing @ projection.proj.bias
+            fused = F.conv2d(level, weight[..., None, None], bias)
+            maps = maps + F.interpolate(fused, levels[0].shape[2:], mode="bilinear")
+        for layer in rest:  # batch norm, ReLU, dropout
+            maps = layer(maps)
+        return in_float32(classifier, maps)
 
 def coordinates(h: int, w: int, like: Tensor) -> Tensor:
     """Normalised coordinates of h x w cells, (2, h, w): x over columns, y over rows."""
@@ -340,9 +360,19 @@ BACKGROUNDS = {  # (kind, image side): channels from image to code, of encoder a
 class BackgroundBlock(nn.Sequential):
     """Convolve a map, its cells' positions in [-1/2, 1/2] appended; a lone cell's are 1 ([38])."""
     def forward(self, x):
-        n, c, h, w = x.shape
-        position = coordinates(h, w, x) / 2 if h > 1 else x.new_ones(2, 1, 1)
-        return super().forward(torch.cat([x, position.expand(n, -1, -1, -1)], 1))
+        h, w = x.shape[-2:]
+        position = coordinates(h, w, x)[None] / 2 if h > 1 else x.new_ones(1, 2, 1, 1)
+        conv, *rest = self
+        weight_x, weight_position = conv.weight.split([x.shape[1], 2], 0 if conv.transposed else 1)
+
+        def convolve(x, weight):
+            return torch.convolution(x, weight, None, conv.stride, conv.padding, conv.dilation,
+                                     conv.transposed, conv.output_padding, 1)
+        # A convolution of both is the sum of one of each; that of the positions serves the batch.
+        x = convolve(x, weight_x) + convolve(position, weight_position)
+        for layer in rest:
+            x = layer(x)
+        return x
 
 class Background(nn.Sequential):
     """Autoencoder: images (n, 3, size, size) -> (n, 4, size, size) in [0, 1], the background
@@ -398,8 +428,8 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         bfloat16 = images.is_cuda if config.precision == "auto" else config.precision == "bfloat16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
             maps = self.feature_maps(images)
-        maps = maps.float()  # (n, K + d_phi, h*, w*); a soft-argmax needs all its digits
-        logits, features = maps[:, :config.slots], maps[:, config.slots:]
+        # maps: (n, K + d_phi, h*, w*), float32 again; a soft-argmax needs all its digits
+        logits, features = maps.split([config.slots, maps.shape[1] - config.slots], 1)
 
         attention = spatial_softmax(logits)  # Eq. (11)
         if config.window:
@@ -419,7 +449,8 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
             glimpses = add_mask_noise(glimpses, self.config.mask_noise)
         x, y, s = latents.x.flatten(), latents.y.flatten(), latents.s.flatten(0, 1)
         placed = spatial_transformer(glimpses, x, y, s, h, w).unflatten(0, latents.x.shape)
-        return placed[:, :, :3], placed[:, :, 3]
+        layers, masks = placed.split([3, 1], 2)  # slices would have full-size gradients of zeros
+        return layers, masks.squeeze(2)
 
     def render(self, latents: Latents, background: Tensor) -> Scene:
         """Algorithm 2. background: (n, 3, h, w), the layer L_0."""
@@ -536,7 +567,8 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
     if saved["t"] == total:
         return
     scenes = data.load(config.dataset, "train", data_dir, config.limit, config.size)
-    val_scenes = data.load(config.dataset, "val", data_dir, config.limit, config.size)[:256]
+    few = min(config.limit or 256, 256)
+    val_scenes = data.load(config.dataset, "val", data_dir, few, config.size)
     torch.manual_seed(config.seed)
     model = ASTSeg(config).to(device)
     if saved["t"]:
@@ -545,7 +577,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
         model.feature_maps.load_backbone(config.backbone)
     data.save_checkpoint(folder, saved)  # where the disk refuses, fail now and not after hours
     began = time.time() - saved["seconds"]  # as if there had been no interruption
-    print(f"Training on {len(scenes)} {config.dataset} scenes of {config.size} x {config.size} "
+    print(f"Training on {len(scenes.images)} {config.dataset} scenes of {config.size} x {config.size} "
           f"pixels, on {device} with {torch.get_num_threads()} threads, into {folder}", flush=True)
 
     for phase, (first, last) in phase_bounds(config).items():
@@ -650,9 +682,9 @@ def evaluate(model: ASTSeg, scenes: data.Scenes, device: torch.device) -> dict:
     """Each scene's scores, arrays (N,) by metric, in percent. The MSE is summed over pixels and
     channels [29], and the only score where labels are unknown. Leaves the model in eval mode."""
     model.eval()
-    metrics = METRICS if scenes.labelled else {}
+    metrics = METRICS if scenes.labels.any() else {}
     scores = {name: [] for name in (*metrics, "MSE")}
-    for i in tqdm(range(0, len(scenes), 64), "evaluation", leave=False, unit="batch"):
+    for i in tqdm(range(0, len(scenes.images), 64), "evaluation", leave=False, unit="batch"):
         images = torch.from_numpy(np.array(scenes.images[i:i + 64])).to(device) / 255
         true = torch.from_numpy(np.array(scenes.labels[i:i + 64])).to(device)
         scene = model(images)
@@ -695,7 +727,8 @@ class UNet(nn.Module):
             conv_block(2 * d, c, 4, 2, 1, nn.ConvTranspose2d)) for c, d in reversed(pairs))
         self.last = nn.Sequential(
             conv_block(2 * widths[0], channels, 3, 1, 1),
-            Residual(nn.Conv2d(channels, channels, 3, 1, 1)), nn.Conv2d(channels, channels, 1))
+            Residual(nn.Conv2d(channels, channels, 3, 1, 1)))
+        self.classifier = nn.Conv2d(channels, channels, 1)
 
     def forward(self, images):
         x = self.first(images)
@@ -706,7 +739,7 @@ class UNet(nn.Module):
         x = torch.cat([self.centre(x), x], 1)
         for up in self.up:
             x = torch.cat([up(x), skips.pop()], 1)
-        return self.last(x)
+        return in_float32(self.classifier, self.last(x))
 
 def local_softmax(logits: Tensor, window: int) -> Tensor:
     """Not in this paper: softmax over window x window cells around the peak (keypoint prototypes).
@@ -808,7 +841,7 @@ def score(source, dataset: str | None, options: Options, device: torch.device):
     scenes = data.load(dataset, options.split, options.data_dir, options.config.limit,
                        model.config.size)
     run = Path(source if Path(source).is_dir() else f"runs/{source}")
-    folder = run / f"{dataset}-{options.split}-{len(scenes)}"
+    folder = run / f"{dataset}-{options.split}-{len(scenes.images)}"
     print(f"Scoring {source} on {device}; numbers and pictures in {folder}", flush=True)
     scores = evaluate(model, scenes, device)
     means = {name: values.mean().item() for name, values in scores.items()}

@@ -3,14 +3,11 @@
     scenes = load("clevr", "train", data_dir="datasets")  # images (N, 3, H, W), labels (N, H, W)
     for images in batches(scenes, batch_size=64, seed=0, start=0, stop=1000, device="cuda"): ...
 
-`load` crops and resizes them once, into a .npy file which from then on is a memory map."""
-import http.client
+`load` crops and resizes them once, into a file which from then on is a memory map."""
 import itertools
 import json
-import math
 import os
 import shutil
-import urllib.request
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
 import torch
 from filelock import FileLock
+from huggingface_hub.file_download import http_get
 from matplotlib import colormaps, colors
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -30,7 +29,7 @@ from zlib_ng import gzip_ng
 
 SPLITS = ("test", "val", "train")  # in the order in which they lie in the public files
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # of images
-CACHE_VERSION = 4  # raise it when a change below changes what is decoded or drawn
+CACHE_VERSION = 5  # raise it when a change below changes what is decoded or drawn
 
 class UserError(Exception):
     """What the user can mend, in one sentence: what is wrong, and what to do."""
@@ -58,18 +57,9 @@ class Dataset:
     pattern: str = "*"  # image files: the names of scenes (ClevrTex: its render passes are none)
     ending: str = "_mask"  # image files: what a label map's name has in addition
 
-@dataclass(frozen=True)
-class Scenes:
-    """images: (N, 3, H, W) uint8 RGB; labels: (N, H, W) uint8, 0 = background, or 0 throughout."""
-    images: np.ndarray
-    labels: np.ndarray
-    labelled: bool = True
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, which: slice):
-        return Scenes(self.images[which], self.labels[which], self.labelled)
+class Scenes(NamedTuple):
+    images: np.ndarray  # (N, 3, H, W) uint8, RGB
+    labels: np.ndarray  # (N, H, W) uint8, 0 = background; 0 throughout where they are unknown
 
 def split_bounds(total, published):
     """{split: range of positions} among `total` scenes: as published, fewer in proportion."""
@@ -327,30 +317,15 @@ def download(dataset, path):
 def fetch(url, file):
     """Download `url` to `file` by way of FILE.part, going on where an earlier attempt stopped."""
     part = file.with_name(f"{file.name}.part")
-    problem = "the connection broke off again and again"
-    for _ in range(5):
-        part.touch()
+    print(f"downloading {url} to {part}", flush=True)
+    advice = f"run again to go on, remove {part} to begin anew, or download it to {file} yourself"
+    with usable(url, advice), open(part, "ab") as out:
         # The last byte is fetched again: servers refuse (416) to send what follows a whole file.
-        start = max(part.stat().st_size - 1, 0)
-        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
-        try:
-            with urllib.request.urlopen(request, timeout=30) as reply, open(part, "ab") as out:
-                if reply.status != 206:  # a server without Range starts from the beginning
-                    start = 0
-                out.truncate(start)
-                total = start + int(reply.headers["Content-Length"] or 0)
-                if total - start > shutil.disk_usage(part.parent).free:
-                    raise UserError(f"{part}: no room for {total / 1e9:.1f} GB here; make some.")
-                print(f"downloading {url} ({total / 1e9:.1f} GB) to {part}", flush=True)
-                with tqdm.wrapattr(out, "write", total=total, initial=start, leave=False) as bar:
-                    shutil.copyfileobj(reply, bar)
-            if part.stat().st_size == total:
-                return os.replace(part, file)
-        except (http.client.HTTPException, OSError) as error:
-            problem = error
-            if getattr(error, "code", 0) == 416:  # the part is longer than the file: begin anew
-                part.unlink()
-    raise UserError(f"{url}: {problem}; run again to go on, or download it to {file} yourself.")
+        start = max(out.tell() - 1, 0)
+        out.truncate(start)
+        out.seek(start)
+        http_get(url, out, resume_size=start)  # it also goes on by itself where a reply breaks off
+    os.replace(part, file)
 
 # --- The table ---
 DEEPMIND = "https://storage.googleapis.com/multi-object-datasets"  # split as in GENESIS
@@ -393,28 +368,17 @@ def resize(pixels: np.ndarray, size: int) -> np.ndarray:
     return np.array(Image.fromarray(pixels).resize((size, size), how))
 
 def decode_planes(dataset, decode):
-    """The centre square of a scene as the cache keeps it: (3 or 4, size, size) uint8, RGB and
-    labels if known. Empty where the scene is left out."""
+    """The centre square of a scene as the cache keeps it: (4, size, size) uint8, RGB and labels
+    (0 where they are unknown). Empty where the scene is left out."""
     planes = []
     for pixels in decode():  # (h, w, 3), (h, w)
         side = dataset.crop or min(pixels.shape[:2])
         top, left = (np.array(pixels.shape[:2]) - side) // 2
         square = resize(pixels[top:top + side, left:left + side], dataset.size)
         planes.extend(np.atleast_3d(square).transpose(2, 0, 1))
+    if len(planes) == 3:
+        planes.append(np.zeros_like(planes[0]))
     return np.array(planes)
-
-def write_scenes(file, scenes):
-    """Stream scenes, uint8 arrays of one shape, into a .npy file. Returns their number."""
-    shape = (0,)
-    with open(file, "wb") as out:
-        out.seek(128)  # the size of the header, which tells the number of scenes and so comes last
-        for scene in scenes:
-            out.write(scene)
-            shape = (shape[0] + 1, *scene.shape)
-        out.seek(0)
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(out, header)
-    return shape[0]
 
 def prepare(name, dataset, split, data_dir, limit):
     """The cache file of a split, decoded, and downloaded before, where it is not there yet."""
@@ -433,7 +397,7 @@ def prepare(name, dataset, split, data_dir, limit):
         facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         checksum = zlib.crc32(repr((CACHE_VERSION, facts)).encode())
         stem = f"{name}-{dataset.size}-{split}-{limit}"
-        cache = root / f"{stem}-{checksum:08x}.npy"
+        cache = root / f"{stem}-{checksum:08x}.uint8"
         if cache.exists():
             return cache
 
@@ -442,29 +406,25 @@ def prepare(name, dataset, split, data_dir, limit):
         planes = prefetch(partial(decode_planes, dataset), bar, 8, os.cpu_count())
         scenes = itertools.islice(filter(np.size, planes), limit or None)
         part = root / f"{name}.part"  # takes its name when it is whole
-        if not write_scenes(part, scenes):
+        with open(part, "wb") as out:
+            out.writelines(scenes)
+        if not part.stat().st_size:
             raise UserError(f"{path}: nothing there for the split '{split}' of {name}.")
-        for old in root.glob(f"{stem}-*.npy"):
+        for old in root.glob(f"{stem}-*.uint8"):
             old.unlink()
         os.replace(part, cache)
     return cache
 
 def load(name: str, split: str, data_dir="datasets", limit: int = 0, size: int = 0) -> Scenes:
     """The first `limit` scenes, 0 for all, of a split of a set. The first use fetches and decodes
-    them, under data_dir. size: their side in pixels, 0 for the set's own. Raises UserError."""
+    them, under data_dir. size: their side in pixels, 0 for the set's own. Raises UserError or OSError."""
     if name not in DATASETS or split not in SPLITS:
         raise UserError(f"{name}, {split}: choose from {[*DATASETS]} and from {[*SPLITS]}.")
     dataset = replace(DATASETS[name], size=size or DATASETS[name].size)
-    try:
-        cache = prepare(name, dataset, split, Path(data_dir), limit)
-    except OSError as error:
-        raise UserError(f"{name}: {error}; check path, permissions, room on the disk.") from None
-
+    cache = prepare(name, dataset, split, Path(data_dir), limit)
     with usable(f"The cache {cache}"):
-        scenes = np.load(cache, mmap_mode="r")  # (N, 3 or 4, size, size)
-        labelled = scenes.shape[1] > 3
-        labels = scenes[:, 3] if labelled else np.zeros_like(scenes[:, 0])
-        return Scenes(scenes[:, :3], labels, labelled)
+        scenes = np.memmap(cache, np.uint8, "r").reshape(-1, 4, dataset.size, dataset.size)
+    return Scenes(scenes[:, :3], scenes[:, 3])
 
 # --- Batches ---
 @lru_cache(4)
@@ -504,36 +464,22 @@ def save_checkpoint(folder: Path, state: dict):
 def load_checkpoint(folder: Path, config: dict) -> dict:
     """What was saved, or the start of a new run. Raises UserError if it is not this run's."""
     file = folder / "checkpoint.pt"
-    new = {"config": config, "t": 0, "seconds": 0.0, "log": []}
-    if not file.exists():
-        if any(path.is_file() and path.suffix != ".part" for path in (folder, *folder.rglob("*"))):
-            raise UserError(f"{folder} is not empty, and no run of ours; choose another --out.")
-        return new
-
-    with usable(file, "move its folder away to start anew, or choose another --out"):
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        theirs = dict(saved["config"])
-        if saved["t"] == 0:  # it has no step to lose
-            return new
-    changed = [name for name, value in config.items()
-               if theirs.get(name) != value and not name.endswith("_every")]
-    if changed:
-        raise UserError(f"{folder} is a run with other settings ({', '.join(changed)}); repeat "
-                        "its flags, or choose another --out.")
-    return saved
-
-PAPER = {  # AST-Seg-B3-BT and -CT in Tables 1 to 3: mIoU, ARI-FG, MSC-FG, MSE
-    "clevr": ("71.92±32.94 76.05±36.13 - 51±63", "90.27±0.20 98.26±0.07 - 16±1"),
-    "clevrtex": ("57.30±15.72 71.79±22.88 - 152±39", "79.58±0.54 94.77±0.51 - 139±7"),
-    "ood": ("- - - -", "67.50±0.75 83.14±0.75 - 832±24"),
-    "camo": ("- - - -", "73.07±0.65 87.27±3.78 - 145±6"),
-    "objects_room": ("74.50±8.61 74.96±10.02 69.86±10.13 11.7±2.1",
-                     "85.02±0.79 87.23±0.88 82.22±0.96 6.7±0.9"),
-    "shapestacks": ("70.18±12.68 73.77±7.56 74.12±8.63 11.8±7.0",
-                    "78.84±0.21 79.34±0.73 77.65±1.3 4.5±0.2")}
+    saved = {"config": config, "t": 0, "seconds": 0.0, "log": []}
+    if file.exists():
+        with usable(file, "move its folder away to start anew, or choose another --out"):
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            theirs = dict(saved["config"])
+        changed = [name for name, value in config.items()
+                   if theirs.get(name) != value and not name.endswith("_every")]
+        if changed and saved["t"]:
+            raise UserError(f"{folder} is a run with other settings ({', '.join(changed)}); "
+                            "repeat its flags, or choose another --out.")
+    elif any(path.is_file() and path.suffix != ".part" for path in (folder, *folder.rglob("*"))):
+        raise UserError(f"{folder} is not empty, and no run of ours; choose another --out.")
+    return saved | {"config": config}
 
 def print_scores(name: str, runs: dict[str, dict]):
-    """Print the mean scores of runs on a set, and the paper's. runs: by name, mean by metric."""
+    """Print the mean scores of runs on a set. runs: by name, mean by metric."""
     metrics = list(next(iter(runs.values())))
     rows = {f"on {name}": metrics}
     for run, means in runs.items():
@@ -542,9 +488,6 @@ def print_scores(name: str, runs: dict[str, dict]):
         values = np.array([list(means.values()) for means in runs.values()])
         spread = zip(values.mean(0), values.std(0, ddof=1))
         rows["mean"] = [f"{mean:.2f}±{deviation:.2f}" for mean, deviation in spread]
-    for training, scores in zip(("BT", "CT"), PAPER.get(name, ())):
-        known = dict(zip(("mIoU", "ARI-FG", "MSC-FG", "MSE"), scores.split()))
-        rows[f"paper, B3-{training}"] = [known.get(metric, "-") for metric in metrics]
     for title, row in rows.items():
         print(f"{title:24}" + "".join(f"{text:>14}" for text in row))
 
@@ -563,8 +506,8 @@ def segment_files(paths: list, out: Path, segment: Callable, size: int, device):
     segment: images (1, 3, size, size) in [0, 1], h, w -> labels (1, h, w), as ASTSeg has it."""
     files = []
     for path in map(Path, paths):
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        files += [path] if path.is_file() else found
+        tree = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        files += [path] if path.is_file() else tree
     if not files:
         raise UserError(f"There is no image in {', '.join(paths)}; give images or folders.")
     out.mkdir(parents=True, exist_ok=True)
@@ -574,11 +517,8 @@ def segment_files(paths: list, out: Path, segment: Callable, size: int, device):
     for file in tqdm(files, desc="segmenting", unit="image"):
         image = read_image(file, ())  # (h, w, 3)
         square = torch.from_numpy(resize(image, size)).permute(2, 0, 1)[None].to(device) / 255
-        # Objects can be drawn in any size. Above 512 pixels it is cheaper to enlarge the labels.
-        zoom = max(1, max(image.shape) / 512)
-        h, w = (math.ceil(side / zoom) for side in image.shape[:2])
-        flat = Image.fromarray(segment(square, h, w)[0].byte().cpu().numpy())
-        flat = flat.resize(image.shape[1::-1], Image.NEAREST)
+        fine = segment(square, 4 * size, 4 * size)[0].byte().cpu().numpy()
+        flat = Image.fromarray(fine).resize(image.shape[1::-1], Image.NEAREST)
         labels = np.asarray(flat)  # (h, w)
 
         flat.putpalette((255 * PALETTE).astype(np.uint8).tobytes())
@@ -586,10 +526,11 @@ def segment_files(paths: list, out: Path, segment: Callable, size: int, device):
         flat.save(out / f"{stem}_labels.png")
         overlay = np.where(labels[..., None] > 0, image / 2 + 127.5 * PALETTE[labels], image)
         Image.fromarray(overlay.astype(np.uint8)).save(out / f"{stem}_overlay.png")
-        objects[file.as_posix()] = []
+        found = []
         for label in np.unique(labels[labels > 0]).tolist():
             y, x = np.nonzero(labels == label)
-            objects[file.as_posix()].append({
-                "label": label, "x": x.mean() + 0.5, "y": y.mean() + 0.5, "area": len(x),
-                "box": [int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1]})
+            box = [int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1]
+            found.append({"label": label, "area": len(x), "box": box,
+                          "x": x.mean() + 0.5, "y": y.mean() + 0.5})
+        objects[file.as_posix()] = found
     (out / "objects.json").write_text(json.dumps(objects, indent=1) + "\n")
