@@ -77,7 +77,7 @@ def softmax_by_hand(logits, window=math.inf):
     rows, columns = np.indices(logits.shape)
     row, column = np.unravel_index(logits.argmax(), logits.shape)
     distance = np.maximum(abs(rows - row), abs(columns - column))
-    phi = np.where(distance <= (window - 1) / 2, np.exp(logits), 0)
+    phi = np.where(distance <= (window - 1) / 2, np.exp(logits - logits.max()), 0)
     return phi / phi.sum()
 
 def centre_of_mass(phi):
@@ -99,35 +99,20 @@ def random_map(total=1.0):
 
 def test_soft_argmax_is_equation_10():
     """sum_p softmax(A)(p) p; and no logit is too large for it."""
-    logits = 3 * randn(2, 3, 5, 8)
+    logits = torch.tensor([3, 1e4]).view(2, 1, 1, 1) * randn(2, 3, 5, 8)
     truth = [[centre_of_mass(softmax_by_hand(A)) for A in maps] for maps in logits]
     close(ast_seg.soft_argmax(logits), truth, 1e-13)
-    spike = torch.full((4, 6), -1e4)
-    spike[1, 5] = 1e4
-    assert ast_seg.soft_argmax(spike).tolist() == [5, 1]
 
 C = torch.tensor([0.7, -40.0], dtype=torch.float64)
 M = partial(ast_seg.affine_localizer, C=C)
 
-def test_forward_equation_4_is_equivariant_and_affine_where_maps_sum_to_1():
-    """And so the soft-argmax is equivariant, since a softmax makes its maps sum to 1."""
-    phi = random_map()
-    logits = torch.where(phi == 0, -math.inf, phi)  # a weight of 0 around what moves
-    for u, v in SHIFTS:
-        close(M(shift(phi, u, v)), M(phi) + torch.tensor([u, v]), 1e-12)  # Eq. (3)
-        moved = ast_seg.soft_argmax(shift(logits, u, v)) - ast_seg.soft_argmax(logits)
-        close(moved, [u, v], 1e-12)
-    a = torch.tensor([0.3, -2.0, 2.7], dtype=torch.float64)  # they sum to 1
-    maps = torch.stack([random_map() for _ in a])
-    close(M(torch.einsum("a,ahw->hw", a, maps)), a @ M(maps), 1e-12)
-
-@pytest.mark.parametrize("total", [0.0, 0.9, 2.0])
-def test_forward_where_sums_are_not_1_it_fails_by_as_much_as_the_proof_says(total):
+@pytest.mark.parametrize("total", [1.0, 0.0, 0.9, 2.0])
+def test_forward_equation_4_is_equivariant_and_affine_where_sums_are_1_and_not_elsewhere(total):
     """Eq. 8 has sum phi where Eq. 9 has 1. So what moves by (u, v) is found (total - 1) (u, v)
     away from there; and if weights sum to `total`, their mixture is found (1 - total) C away."""
     phi = random_map(total)
     for u, v in SHIFTS:
-        error = M(shift(phi, u, v)) - (M(phi) + torch.tensor([u, v]))
+        error = M(shift(phi, u, v)) - (M(phi) + torch.tensor([u, v]))  # Eq. (3)
         close(error, [(total - 1) * u, (total - 1) * v], 1e-12)
     a = torch.tensor([0.3, -2.0, total + 1.7], dtype=torch.float64)
     maps = torch.stack([random_map() for _ in a])
@@ -223,8 +208,8 @@ def test_the_defaults_are_table_1():
         phase2_steps=30000, warmup_steps=5000, entropy_warmup_steps=10000, log_alpha_0=11,
         d_z_what=32, entropy_weight=0.01, s_min=1.3, s_max=24, d_t=256, heads=8, d_ff=512,
         layers=6)
-    for config in (ast_seg.Config(), ast_seg.preset("clevr")):
-        assert {name: getattr(config, name) for name in table_1} == table_1
+    config = ast_seg.preset("clevr")
+    assert {name: getattr(config, name) for name in table_1} == table_1
     assert ast_seg.preset("clevrtex").background_steps == 500000
 
 # --- 4.1 Feature maps and attention (Algorithm 1) -----------------------------------------------
@@ -238,32 +223,28 @@ def attend_by_loops(attention, features):
         triplets[k] += float(attention[k, j, i]) * np.array([*features[:, j, i].tolist(), x, y])
     return triplets
 
-@pytest.mark.parametrize("stretch", [1.0, 5.0], ids=["as found", "clamped"])
 @pytest.mark.parametrize("anisotropic, window", [(False, 0), (True, 0), (True, 3), (False, 5)])
-def test_encode_is_algorithm_1(anisotropic, window, stretch):
-    """From the generator's maps, all of which learn, to the latents. A multiplication stands for
-    the refinement."""
+def test_encode_is_algorithm_1(anisotropic, window):
+    """From the generator's maps, all of which learn, to the latents. A multiplication by 5 stands
+    for the refinement: it moves some objects beyond the image."""
     model = ast_seg.ASTSeg(tiny(anisotropic=anisotropic, window=window, layers=0)).eval()
     maps = (3 * torch.randn(2, 4 + 1 + anisotropic + 1 + 32, 6, 9)).requires_grad_()
     model.feature_maps.forward = lambda images: maps
-    model.refine.register_forward_hook(lambda module, args, out: stretch * out)
+    model.refine.forward = lambda triplets: 5 * triplets
     latents = model.encode(torch.rand(2, 3, 64, 64))
     sum(tensor.sum() for tensor in latents[:5]).backward()
     assert maps.grad.any(-1).any(-1).all()
-    farthest = 0.0
     for n in range(2):
         logits = maps[n, :4].detach()
         attention = np.stack([softmax_by_hand(A, window or math.inf) for A in logits])
         close(latents.attention[n], attention)  # Eq. (11)
-        phi = stretch * attend_by_loops(attention, maps[n, 4:])
+        phi = 5 * attend_by_loops(attention, maps[n, 4:])
         s, log_alpha, z_what, x, y = np.split(phi, np.cumsum([1 + anisotropic, 1, 32, 1]), axis=1)
-        farthest = max(farthest, abs(x).max(), abs(y).max())
         close(latents.x[n], x[:, 0].clip(-1, 1))
         close(latents.y[n], y[:, 0].clip(-1, 1))
         close(latents.s[n], 1.3 + (24 - 1.3) / (1 + np.exp(-s)))
         close(latents.log_alpha[n], log_alpha[:, 0])
         close(latents.z_what[n], z_what)
-    assert (farthest > 1) == (stretch > 1)
 
 @pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
 def test_bfloat16_is_used_where_it_is_asked_for_and_stops_at_the_feature_maps(precision):
@@ -340,20 +321,19 @@ def test_the_unet_is_table_3_layer_by_layer():
 
 def test_the_unet_joins_levels_of_equal_size_and_its_residual_blocks_add_their_input():
     unet = ast_seg.UNet("unet-small", 5).eval()
-    inputs = {}
-    outputs = {}
-    for name, module in unet.named_modules():
-        def note(module, args, out, name=name):
-            inputs[name] = args[0]
-            outputs[name] = out
-        module.register_forward_hook(note)
-    assert unet(torch.rand(2, 3, 64, 128)).shape == (2, 5, 16, 32)
-    for name, below, across in (
-            ("up.0", "centre", "down.3"), ("up.1", "up.0", "down.2"), ("up.2", "up.1", "down.1"),
-            ("up.3", "up.2", "down.0"), ("last", "up.3", "first")):
-        assert torch.equal(inputs[name], torch.cat([outputs[below], outputs[across]], 1))
-    for name in [*(f"down.{i}.1" for i in range(4)), *(f"up.{i}.0" for i in range(4)), "last.1"]:
-        close(outputs[name], inputs[name] + outputs[f"{name}.0"])  # a residual block
+    images = torch.rand(2, 3, 64, 128)
+    across = [unet.first(images)]
+    for down, residual in unet.down:
+        x = down(across[-1])
+        across.append(x + residual[0](x))
+    x = unet.centre(across[-1])
+    for residual, up in unet.up:
+        x = torch.cat([x, across.pop()], 1)
+        x = up(x + residual[0](x))
+    x = unet.last[0](torch.cat([x, across.pop()], 1))
+    x = unet.last[2](x + unet.last[1][0](x))
+    assert x.shape == (2, 5, 16, 32)
+    close(unet(images), x)
 
 # --- 4.1 Refinement -----------------------------------------------------------------------------
 def test_the_transformer_is_that_of_table_1():
@@ -386,7 +366,6 @@ def test_the_refinement_treats_queries_alike_and_may_start_near_the_identity(ide
         refine(triplets).pow(3).mean().backward()
         descent.step()
     assert all(parameter.grad.any() for parameter in refine.parameters())
-    assert isinstance(ast_seg.ASTSeg(tiny(layers=0)).refine, nn.Identity)  # Table 4: without it
 
 # --- 4.1 Rendering (Algorithm 2) ----------------------------------------------------------------
 TABLE_2 = {  # for images of 64x64 and of 128x128
@@ -423,31 +402,10 @@ def place(glimpse, x, y, s_x, s_y, h, w):
                 placed[:, i, j] += (1 - abs(row - r)) * (1 - abs(column - q)) * glimpse[:, r, q]
     return placed
 
-@pytest.mark.parametrize("x, y, s, h, w", [
-    (0.5, 0.0, [4.0], 128, 128), (-0.4, 0.5, [8.0, 2.5], 80, 144)], ids=str)
-def test_an_object_at_x_y_lies_there(x, y, s, h, w):
-    """The first is the example in the docstring. The glimpse's two first colours tell its own
-    points, from -1 to 1, and its mask is 1. So a pixel at u shows the point s (u - x), the object
-    reaches from x - 1 / s to x + 1 / s, and its centre of mass is at x; the same with y."""
-    points = (2 * torch.arange(128.0) + 1) / 128 - 1
-    glimpse = torch.stack([points.expand(128, 128), points[:, None].expand(128, 128),
-                           torch.ones(128, 128)])
-    where = torch.tensor([x]), torch.tensor([y]), torch.tensor([s])
-    shown_x, shown_y, mask = ast_seg.spatial_transformer(glimpse[None], *where, h, w)[0]
-    u = ((2 * torch.arange(w) + 1) / w - 1).expand(h, w)
-    v = ((2 * torch.arange(h) + 1) / h - 1)[:, None].expand(h, w)
-    inside = ((u - x).abs() < 1 / s[0]) & ((v - y).abs() < 1 / s[-1])
-    assert torch.equal(mask > 0.5, inside)
-    close(shown_x[inside], s[0] * (u - x)[inside])
-    close(shown_y[inside], s[-1] * (v - y)[inside])
-    column, row = centre_of_mass((mask / mask.sum()).double().numpy())
-    assert abs((2 * column + 1) / w - 1 - x) <= 1 / w  # half a pixel
-    assert abs((2 * row + 1) / h - 1 - y) <= 1 / h
-
 @pytest.mark.parametrize("anisotropic", [False, True])
 def test_render_is_algorithm_2(anisotropic):
-    """Object by object: place the glimpse by loops; Eq. 17 with M_0 = 1; Eq. 18. All latents
-    learn, an activation by w_k (L_k - X_hat), the derivative of Eq. 18 for log alpha_k."""
+    """Object by object: place the glimpse by loops; Eq. 17 with M_0 = 1; Eq. 18. And all latents
+    learn."""
     model = ast_seg.ASTSeg(tiny(log_alpha_0=0.5, anisotropic=anisotropic)).double().eval()
     x = 2 * torch.rand(2, 3, dtype=torch.float64) - 1
     y = 2 * torch.rand(2, 3, dtype=torch.float64) - 1
@@ -473,10 +431,7 @@ def test_render_is_algorithm_2(anisotropic):
         w = claims / claims.sum(0)  # Eq. (17)
         close(scene.layers[n], np.stack(layers), 1e-12)
         close(scene.weights[n], w, 1e-12)
-        image = sum(w[k] * layers[k] for k in range(4))  # Eq. (18)
-        close(scene.image[n], image, 1e-12)
-        pulls = [(w[k] * (layers[k] - image)).sum() for k in (1, 2, 3)]
-        close(latents.log_alpha.grad[n], pulls, 1e-12)
+        close(scene.image[n], sum(w[k] * layers[k] for k in range(4)), 1e-12)  # Eq. (18)
 
 @pytest.mark.parametrize("log_alpha_0", [-100.0, 100.0])
 @pytest.mark.parametrize("log_alphas", [(100.0, -100.0, 100.0), (-100.0, -100.0, -100.0)])
@@ -501,13 +456,10 @@ def test_mask_noise_is_uniform_within_0_and_1_and_there_in_training_alone():
     noisy = ast_seg.add_mask_noise(torch.full((9, 4, 64, 64), 0.3), 0.4)  # from -0.1 to 0.7
     assert (noisy[:, :3] == 0.3).all() and noisy.min() == 0
     close(torch.histc(noisy[:, 3], 8, -0.1, 0.7) / 9 / 64 ** 2, [0, 1 / 4, *6 * [1 / 8]], 0.01)
-    model = ast_seg.ASTSeg(tiny(mask_noise=0.4)).eval()
-    images = torch.rand(2, 3, 64, 64)
-    with torch.no_grad():
-        latents = model.encode(images)
-        clean = model.draw(latents, 64, 64)[1]
-        assert torch.equal(model.draw(latents, 64, 64)[1], clean)
-        assert not torch.equal(model.train().draw(latents, 64, 64)[1], clean)
+    model = ast_seg.ASTSeg(tiny(mask_noise=0.4))
+    latents = model.encode(torch.rand(2, 3, 64, 64))
+    a, b, noisy = (model.train(mode).draw(latents, 64, 64)[1] for mode in (False, False, True))
+    assert torch.equal(a, b) and not torch.equal(a, noisy)
 
 def many_labels(**given):
     """A model that shows objects before any training."""
@@ -621,25 +573,7 @@ def test_the_loss_of_phases_2_and_3_is_equation_22(step, share):
     assert losses["entropy"].item() == pytest.approx(entropy, rel=1e-5)
     assert loss.item() == pytest.approx(reconstruction + share * 0.7 * entropy, rel=1e-5)
 
-def test_the_entropy_is_least_for_opaque_objects_and_its_gradient_is_finite_there():
-    """The derivative of (sum_k w_k log(w_k + epsilon))^2 is 0 where one layer has all of a pixel.
-    Where two share it, that for a third one, with nothing, is 2 log(1/2) log(epsilon)."""
-    opaque = F.one_hot(torch.randint(4, (2, 3, 5)), 4).movedim(3, 1).float().requires_grad_()
-    loss = ast_seg.pixel_entropy_loss(opaque)
-    loss.backward()
-    assert loss.item() == 0 and not opaque.grad.any()
-    shared = torch.tensor([0.5, 0.5, 0.0]).view(1, 3, 1, 1).requires_grad_()
-    ast_seg.pixel_entropy_loss(shared).backward()
-    assert shared.grad[0, 2].item() == pytest.approx(2 * math.log(0.5) * math.log(1e-20))
-
 # --- 4.2.2 Curriculum training ------------------------------------------------------------------
-@pytest.mark.parametrize("curriculum, bounds", [
-    ("ct", {1: (0, 2500), 2: (2500, 32_500), 3: (32_500, 127_500)}),
-    ("bt", {1: (0, 0), 2: (0, 0), 3: (0, 125_000)}),
-    ("frozen", {1: (0, 2500), 2: (2500, 127_500), 3: (127_500, 127_500)})])
-def test_the_phases_of_curriculum_training_and_of_what_it_is_compared_with(curriculum, bounds):
-    assert ast_seg.phase_bounds(ast_seg.Config(curriculum=curriculum)) == bounds
-
 @pytest.mark.parametrize("phase, t, rate", [
     (1, 0, 2e-3), (1, 1999, 2e-3), (1, 2000, 2e-4), (1, 2499, 2e-4),  # a tenth after 80 %
     (2, 2500, 0), (2, 2550, 4e-9), (2, 5000, 1e-5), (2, 7500, 4e-5), (2, 32_499, 4e-5),  # warm-up
@@ -729,80 +663,49 @@ def test_every_step_goes_downhill_by_the_rate_of_its_schedule(tmp_path, monkeypa
     np.testing.assert_allclose(-np.diff(places, axis=0), rates, atol=1e-6)
 
 # --- 5. Metrics ---------------------------------------------------------------------------------
-def iou_matrix(pred, true, m):
-    """(m, m): intersection over union of each predicted with each true segment."""
-    ious = np.zeros((m, m))
-    for p, t in np.ndindex(m, m):
-        union = ((pred == p) | (true == t)).sum()
-        ious[p, t] = ((pred == p) & (true == t)).sum() / max(union, 1)
-    return ious
-
-def best_mean_ious(ious, pred, true):
-    """Over all one-to-one matchings with the largest sum of IoUs: this sum, divided by the number
-    of pairs of which one segment is there. Where IoUs of 0 leave it open, there are several."""
-    sums = {order: sum(ious[pair] for pair in enumerate(order))
-            for order in itertools.permutations(range(len(ious)))}
-    best = max(sums.values())
-    return {best / sum(p in pred or t in true for p, t in enumerate(order))
-            for order, total in sums.items() if total > best - 1e-9}
+def iou(a, b):
+    """Intersection over union of two sets of pixels, given as masks."""
+    return (a & b).sum() / max((a | b).sum(), 1)
 
 @pytest.mark.parametrize("found, objects", [(4, 4), (6, 3), (2, 5), (1, 4), (5, 1)])
 def test_the_metrics_are_their_definitions(found, objects):
-    """All permutations for mIoU, scikit-learn for ARI, sets for IoU and Dice. Each image has its
-    own scores, whatever is beside it in the batch."""
+    """All one-to-one matchings for mIoU, scikit-learn for ARI, sets of pixels for the others. Each
+    image has its own scores, whatever is beside it in the batch."""
     rng = np.random.default_rng(0)
     true = rng.integers(objects, size=(20, 5, 7))
     pred = np.stack([rng.permutation(max(found, objects))[labels] % found for labels in true])
     pred = np.where(rng.random(true.shape) < 0.6, pred, rng.integers(found, size=true.shape))
     pred[:2] = 0  # none found
-    true[1:3] = 0  # none there
+    true[1:4] = 0  # none there
+    true[3, 0, 0] = 1  # one of a single pixel, which has no pairs
     table = ast_seg.contingency(torch.from_numpy(pred), torch.from_numpy(true))
     scores = {name: metric(table).tolist() for name, metric in ast_seg.METRICS.items()}
+    labels = range(max(found, objects, 2))
     for n, (p, t) in enumerate(zip(pred, true)):
-        ious = iou_matrix(p, t, max(found, objects))
-        A = set(np.flatnonzero(p))
-        B = set(np.flatnonzero(t))
-        there = np.unique(t[t > 0])
-        possible = best_mean_ious(ious, p, t)
+        ious = np.array([[iou(p == i, t == j) for j in labels] for i in labels])
+        best = max(ious[labels, order].sum() for order in itertools.permutations(labels))
+        A = p > 0
+        B = t > 0
+        there = np.unique(t[B])
         truth = {
-            "mIoU": min(possible, key=lambda value: abs(value - scores["mIoU"][n])),
-            "ARI-FG": adjusted_rand_score(t[t > 0], p[t > 0]) if B else 1.0,
-            "MSC-FG": ious[:, there].max(0).mean() if B else 0.0,
-            "IoU": len(A & B) / len(A | B) if A | B else 1.0,
-            "Dice": 2 * len(A & B) / (len(A) + len(B)) if A | B else 1.0}
+            "mIoU": best / max(len(np.unique(p)), len(np.unique(t))),
+            "ARI-FG": adjusted_rand_score(t[B], p[B]) if B.any() else 1.0,
+            "MSC-FG": ious[:, there].max(0).mean() if B.any() else 0.0,
+            "IoU": iou(A, B) if (A | B).any() else 1.0,
+            "Dice": 2 * (A & B).sum() / (A.sum() + B.sum()) if (A | B).any() else 1.0}
         assert {k: values[n] for k, values in scores.items()} == pytest.approx(truth, abs=1e-12)
 
-@pytest.mark.parametrize("pred, true, miou, ari_fg, msc_fg, iou", [
-    ("2201", "0012", 1, 1, 1, 1 / 4),  # whatever the names: only IoU asks which is the background
-    ("0000", "0000", 1, 1, 0, 1),  # no foreground, and none found
-    ("0011", "0000", 1 / 4, 1, 0, 0),  # no foreground, but something found: (1/2 + 0) / 2 pairs
-    ("0111", "0011", (1 / 2 + 2 / 3) / 2, 1, 2 / 3, 2 / 3),  # one object, with a margin
-    ("0344", "0112", (1 + 1 / 2 + 1 / 2) / 3, -1 / 2, 1 / 2, 1),  # more slots than objects
-    ("0000", "0112", (0 + 2 / 4 + 0) / 3, 0, (2 / 4 + 1 / 4) / 2, 0),  # one predicted segment
-    ("0001", "0001", 1, 1, 1, 1)])  # an object of one pixel has no pairs at all
-def test_the_metrics_in_cases_that_one_can_do_by_hand(pred, true, miou, ari_fg, msc_fg, iou):
-    table = ast_seg.contingency(*(torch.tensor([[[int(c) for c in x]]]) for x in (pred, true)))
-    ours = {name: metric(table).item() for name, metric in ast_seg.METRICS.items()}
-    dice = 2 * iou / (1 + iou)
-    truth = {"mIoU": miou, "ARI-FG": ari_fg, "MSC-FG": msc_fg, "IoU": iou, "Dice": dice}
-    assert ours == pytest.approx(truth)
-
 def test_evaluate_scores_every_scene_in_percent(tmp_path):
-    """70 scenes are more than a batch. The squared error is summed over channels and pixels; of
-    scenes without labels it alone is known."""
+    """70 scenes are more than a batch. The squared error is summed over channels and pixels."""
     model = many_labels().train()
     scenes = data.load("shapes", "test", tmp_path, 70)
     scores = ast_seg.evaluate(model, scenes, CPU)
-    assert list(scores) == ["mIoU", "ARI-FG", "MSC-FG", "IoU", "Dice", "MSE"]
     for n in (0, 69):
         image = torch.from_numpy(scenes.images[n:n + 1] / np.float32(255))
         squares = (model(image).image - image).square()
         assert scores["MSE"][n] == pytest.approx(squares.sum().item(), rel=1e-4)
-        found = model.segment(image)[0].numpy() > 0
-        iou = (found & (scenes.labels[n] > 0)).sum() / (found | (scenes.labels[n] > 0)).sum()
-        assert scores["IoU"][n] == pytest.approx(100 * iou, abs=0.1) and iou > 0
-    unlabelled = replace(scenes, labelled=False)
-    assert list(ast_seg.evaluate(model, unlabelled, CPU)) == ["MSE"]
+        truth = 100 * iou(model.segment(image)[0].numpy() > 0, scenes.labels[n] > 0)
+        assert scores["IoU"][n] == pytest.approx(truth, abs=0.1) and truth > 0
 
 # --- From here on the tests guard the program; skip them on a first reading ---------------------
 def contents(folder):
