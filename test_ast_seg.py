@@ -989,7 +989,8 @@ def mine(tmp_path_factory, finished):
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    for name, state in {"foreign": {"epoch": 3}, "code": {"config": Path()}}.items():
+    code = {"config": asdict(CONFIG), "t": 1, "run": Path()}  # unpickling may run any code
+    for name, state in {"foreign": {"epoch": 3}, "code": code}.items():
         (folder / name).mkdir()
         torch.save(state, folder / name / "checkpoint.pt")
     return folder
