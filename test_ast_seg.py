@@ -7,7 +7,6 @@ a real run. The order is that of the paper.
     pytest test_ast_seg.py
 """
 import base64
-import contextlib
 import gzip
 import http.server
 import io
@@ -16,18 +15,17 @@ import json
 import math
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
-import sys
 import struct
+import sys
 import tarfile
 import threading
-import typing
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -77,7 +75,7 @@ def softmax_by_hand(logits, window=math.inf):
     rows, columns = np.indices(logits.shape)
     row, column = np.unravel_index(logits.argmax(), logits.shape)
     distance = np.maximum(abs(rows - row), abs(columns - column))
-    phi = np.where(distance <= (window - 1) / 2, np.exp(logits), 0)
+    phi = np.where(distance <= (window - 1) / 2, np.exp(logits - logits.max()), 0)
     return phi / phi.sum()
 
 def centre_of_mass(phi):
@@ -99,35 +97,20 @@ def random_map(total=1.0):
 
 def test_soft_argmax_is_equation_10():
     """sum_p softmax(A)(p) p; and no logit is too large for it."""
-    logits = 3 * randn(2, 3, 5, 8)
+    logits = torch.tensor([3, 1e4]).view(2, 1, 1, 1) * randn(2, 3, 5, 8)
     truth = [[centre_of_mass(softmax_by_hand(A)) for A in maps] for maps in logits]
     close(ast_seg.soft_argmax(logits), truth, 1e-13)
-    spike = torch.full((4, 6), -1e4)
-    spike[1, 5] = 1e4
-    assert ast_seg.soft_argmax(spike).tolist() == [5, 1]
 
 C = torch.tensor([0.7, -40.0], dtype=torch.float64)
 M = partial(ast_seg.affine_localizer, C=C)
 
-def test_forward_equation_4_is_equivariant_and_affine_where_maps_sum_to_1():
-    """And so the soft-argmax is equivariant, since a softmax makes its maps sum to 1."""
-    phi = random_map()
-    logits = torch.where(phi == 0, -math.inf, phi)  # a weight of 0 around what moves
-    for u, v in SHIFTS:
-        close(M(shift(phi, u, v)), M(phi) + torch.tensor([u, v]), 1e-12)  # Eq. (3)
-        moved = ast_seg.soft_argmax(shift(logits, u, v)) - ast_seg.soft_argmax(logits)
-        close(moved, [u, v], 1e-12)
-    a = torch.tensor([0.3, -2.0, 2.7], dtype=torch.float64)  # they sum to 1
-    maps = torch.stack([random_map() for _ in a])
-    close(M(torch.einsum("a,ahw->hw", a, maps)), a @ M(maps), 1e-12)
-
-@pytest.mark.parametrize("total", [0.0, 0.9, 2.0])
-def test_forward_where_sums_are_not_1_it_fails_by_as_much_as_the_proof_says(total):
+@pytest.mark.parametrize("total", [1.0, 0.0, 0.9, 2.0])
+def test_forward_equation_4_is_equivariant_and_affine_where_sums_are_1_and_not_elsewhere(total):
     """Eq. 8 has sum phi where Eq. 9 has 1. So what moves by (u, v) is found (total - 1) (u, v)
     away from there; and if weights sum to `total`, their mixture is found (1 - total) C away."""
     phi = random_map(total)
     for u, v in SHIFTS:
-        error = M(shift(phi, u, v)) - (M(phi) + torch.tensor([u, v]))
+        error = M(shift(phi, u, v)) - (M(phi) + torch.tensor([u, v]))  # Eq. (3)
         close(error, [(total - 1) * u, (total - 1) * v], 1e-12)
     a = torch.tensor([0.3, -2.0, total + 1.7], dtype=torch.float64)
     maps = torch.stack([random_map() for _ in a])
@@ -223,8 +206,8 @@ def test_the_defaults_are_table_1():
         phase2_steps=30000, warmup_steps=5000, entropy_warmup_steps=10000, log_alpha_0=11,
         d_z_what=32, entropy_weight=0.01, s_min=1.3, s_max=24, d_t=256, heads=8, d_ff=512,
         layers=6)
-    for config in (ast_seg.Config(), ast_seg.preset("clevr")):
-        assert {name: getattr(config, name) for name in table_1} == table_1
+    config = ast_seg.preset("clevr")
+    assert {name: getattr(config, name) for name in table_1} == table_1
     assert ast_seg.preset("clevrtex").background_steps == 500000
 
 # --- 4.1 Feature maps and attention (Algorithm 1) -----------------------------------------------
@@ -238,32 +221,28 @@ def attend_by_loops(attention, features):
         triplets[k] += float(attention[k, j, i]) * np.array([*features[:, j, i].tolist(), x, y])
     return triplets
 
-@pytest.mark.parametrize("stretch", [1.0, 5.0], ids=["as found", "clamped"])
 @pytest.mark.parametrize("anisotropic, window", [(False, 0), (True, 0), (True, 3), (False, 5)])
-def test_encode_is_algorithm_1(anisotropic, window, stretch):
-    """From the generator's maps, all of which learn, to the latents. A multiplication stands for
-    the refinement."""
+def test_encode_is_algorithm_1(anisotropic, window):
+    """From the generator's maps, all of which learn, to the latents. A multiplication by 5 stands
+    for the refinement: it moves some objects beyond the image."""
     model = ast_seg.ASTSeg(tiny(anisotropic=anisotropic, window=window, layers=0)).eval()
     maps = (3 * torch.randn(2, 4 + 1 + anisotropic + 1 + 32, 6, 9)).requires_grad_()
     model.feature_maps.forward = lambda images: maps
-    model.refine.register_forward_hook(lambda module, args, out: stretch * out)
+    model.refine.forward = lambda triplets: 5 * triplets
     latents = model.encode(torch.rand(2, 3, 64, 64))
     sum(tensor.sum() for tensor in latents[:5]).backward()
     assert maps.grad.any(-1).any(-1).all()
-    farthest = 0.0
     for n in range(2):
         logits = maps[n, :4].detach()
         attention = np.stack([softmax_by_hand(A, window or math.inf) for A in logits])
         close(latents.attention[n], attention)  # Eq. (11)
-        phi = stretch * attend_by_loops(attention, maps[n, 4:])
+        phi = 5 * attend_by_loops(attention, maps[n, 4:])
         s, log_alpha, z_what, x, y = np.split(phi, np.cumsum([1 + anisotropic, 1, 32, 1]), axis=1)
-        farthest = max(farthest, abs(x).max(), abs(y).max())
         close(latents.x[n], x[:, 0].clip(-1, 1))
         close(latents.y[n], y[:, 0].clip(-1, 1))
         close(latents.s[n], 1.3 + (24 - 1.3) / (1 + np.exp(-s)))
         close(latents.log_alpha[n], log_alpha[:, 0])
         close(latents.z_what[n], z_what)
-    assert (farthest > 1) == (stretch > 1)
 
 @pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
 def test_bfloat16_is_used_where_it_is_asked_for_and_stops_at_the_feature_maps(precision):
@@ -340,20 +319,19 @@ def test_the_unet_is_table_3_layer_by_layer():
 
 def test_the_unet_joins_levels_of_equal_size_and_its_residual_blocks_add_their_input():
     unet = ast_seg.UNet("unet-small", 5).eval()
-    inputs = {}
-    outputs = {}
-    for name, module in unet.named_modules():
-        def note(module, args, out, name=name):
-            inputs[name] = args[0]
-            outputs[name] = out
-        module.register_forward_hook(note)
-    assert unet(torch.rand(2, 3, 64, 128)).shape == (2, 5, 16, 32)
-    for name, below, across in (
-            ("up.0", "centre", "down.3"), ("up.1", "up.0", "down.2"), ("up.2", "up.1", "down.1"),
-            ("up.3", "up.2", "down.0"), ("last", "up.3", "first")):
-        assert torch.equal(inputs[name], torch.cat([outputs[below], outputs[across]], 1))
-    for name in [*(f"down.{i}.1" for i in range(4)), *(f"up.{i}.0" for i in range(4)), "last.1"]:
-        close(outputs[name], inputs[name] + outputs[f"{name}.0"])  # a residual block
+    images = torch.rand(2, 3, 64, 128)
+    across = [unet.first(images)]
+    for down, residual in unet.down:
+        x = down(across[-1])
+        across.append(x + residual[0](x))
+    x = unet.centre(across[-1])
+    for residual, up in unet.up:
+        x = torch.cat([x, across.pop()], 1)
+        x = up(x + residual[0](x))
+    x = unet.last[0](torch.cat([x, across.pop()], 1))
+    x = unet.last[2](x + unet.last[1][0](x))
+    assert x.shape == (2, 5, 16, 32)
+    close(unet(images), x)
 
 # --- 4.1 Refinement -----------------------------------------------------------------------------
 def test_the_transformer_is_that_of_table_1():
@@ -386,7 +364,6 @@ def test_the_refinement_treats_queries_alike_and_may_start_near_the_identity(ide
         refine(triplets).pow(3).mean().backward()
         descent.step()
     assert all(parameter.grad.any() for parameter in refine.parameters())
-    assert isinstance(ast_seg.ASTSeg(tiny(layers=0)).refine, nn.Identity)  # Table 4: without it
 
 # --- 4.1 Rendering (Algorithm 2) ----------------------------------------------------------------
 TABLE_2 = {  # for images of 64x64 and of 128x128
@@ -423,31 +400,10 @@ def place(glimpse, x, y, s_x, s_y, h, w):
                 placed[:, i, j] += (1 - abs(row - r)) * (1 - abs(column - q)) * glimpse[:, r, q]
     return placed
 
-@pytest.mark.parametrize("x, y, s, h, w", [
-    (0.5, 0.0, [4.0], 128, 128), (-0.4, 0.5, [8.0, 2.5], 80, 144)], ids=str)
-def test_an_object_at_x_y_lies_there(x, y, s, h, w):
-    """The first is the example in the docstring. The glimpse's two first colours tell its own
-    points, from -1 to 1, and its mask is 1. So a pixel at u shows the point s (u - x), the object
-    reaches from x - 1 / s to x + 1 / s, and its centre of mass is at x; the same with y."""
-    points = (2 * torch.arange(128.0) + 1) / 128 - 1
-    glimpse = torch.stack([points.expand(128, 128), points[:, None].expand(128, 128),
-                           torch.ones(128, 128)])
-    where = torch.tensor([x]), torch.tensor([y]), torch.tensor([s])
-    shown_x, shown_y, mask = ast_seg.spatial_transformer(glimpse[None], *where, h, w)[0]
-    u = ((2 * torch.arange(w) + 1) / w - 1).expand(h, w)
-    v = ((2 * torch.arange(h) + 1) / h - 1)[:, None].expand(h, w)
-    inside = ((u - x).abs() < 1 / s[0]) & ((v - y).abs() < 1 / s[-1])
-    assert torch.equal(mask > 0.5, inside)
-    close(shown_x[inside], s[0] * (u - x)[inside])
-    close(shown_y[inside], s[-1] * (v - y)[inside])
-    column, row = centre_of_mass((mask / mask.sum()).double().numpy())
-    assert abs((2 * column + 1) / w - 1 - x) <= 1 / w  # half a pixel
-    assert abs((2 * row + 1) / h - 1 - y) <= 1 / h
-
 @pytest.mark.parametrize("anisotropic", [False, True])
 def test_render_is_algorithm_2(anisotropic):
-    """Object by object: place the glimpse by loops; Eq. 17 with M_0 = 1; Eq. 18. All latents
-    learn, an activation by w_k (L_k - X_hat), the derivative of Eq. 18 for log alpha_k."""
+    """Object by object: place the glimpse by loops; Eq. 17 with M_0 = 1; Eq. 18. And all latents
+    learn."""
     model = ast_seg.ASTSeg(tiny(log_alpha_0=0.5, anisotropic=anisotropic)).double().eval()
     x = 2 * torch.rand(2, 3, dtype=torch.float64) - 1
     y = 2 * torch.rand(2, 3, dtype=torch.float64) - 1
@@ -473,10 +429,7 @@ def test_render_is_algorithm_2(anisotropic):
         w = claims / claims.sum(0)  # Eq. (17)
         close(scene.layers[n], np.stack(layers), 1e-12)
         close(scene.weights[n], w, 1e-12)
-        image = sum(w[k] * layers[k] for k in range(4))  # Eq. (18)
-        close(scene.image[n], image, 1e-12)
-        pulls = [(w[k] * (layers[k] - image)).sum() for k in (1, 2, 3)]
-        close(latents.log_alpha.grad[n], pulls, 1e-12)
+        close(scene.image[n], sum(w[k] * layers[k] for k in range(4)), 1e-12)  # Eq. (18)
 
 @pytest.mark.parametrize("log_alpha_0", [-100.0, 100.0])
 @pytest.mark.parametrize("log_alphas", [(100.0, -100.0, 100.0), (-100.0, -100.0, -100.0)])
@@ -501,13 +454,10 @@ def test_mask_noise_is_uniform_within_0_and_1_and_there_in_training_alone():
     noisy = ast_seg.add_mask_noise(torch.full((9, 4, 64, 64), 0.3), 0.4)  # from -0.1 to 0.7
     assert (noisy[:, :3] == 0.3).all() and noisy.min() == 0
     close(torch.histc(noisy[:, 3], 8, -0.1, 0.7) / 9 / 64 ** 2, [0, 1 / 4, *6 * [1 / 8]], 0.01)
-    model = ast_seg.ASTSeg(tiny(mask_noise=0.4)).eval()
-    images = torch.rand(2, 3, 64, 64)
-    with torch.no_grad():
-        latents = model.encode(images)
-        clean = model.draw(latents, 64, 64)[1]
-        assert torch.equal(model.draw(latents, 64, 64)[1], clean)
-        assert not torch.equal(model.train().draw(latents, 64, 64)[1], clean)
+    model = ast_seg.ASTSeg(tiny(mask_noise=0.4))
+    latents = model.encode(torch.rand(2, 3, 64, 64))
+    a, b, noisy = (model.train(mode).draw(latents, 64, 64)[1] for mode in (False, False, True))
+    assert torch.equal(a, b) and not torch.equal(a, noisy)
 
 def many_labels(**given):
     """A model that shows objects before any training."""
@@ -621,25 +571,7 @@ def test_the_loss_of_phases_2_and_3_is_equation_22(step, share):
     assert losses["entropy"].item() == pytest.approx(entropy, rel=1e-5)
     assert loss.item() == pytest.approx(reconstruction + share * 0.7 * entropy, rel=1e-5)
 
-def test_the_entropy_is_least_for_opaque_objects_and_its_gradient_is_finite_there():
-    """The derivative of (sum_k w_k log(w_k + epsilon))^2 is 0 where one layer has all of a pixel.
-    Where two share it, that for a third one, with nothing, is 2 log(1/2) log(epsilon)."""
-    opaque = F.one_hot(torch.randint(4, (2, 3, 5)), 4).movedim(3, 1).float().requires_grad_()
-    loss = ast_seg.pixel_entropy_loss(opaque)
-    loss.backward()
-    assert loss.item() == 0 and not opaque.grad.any()
-    shared = torch.tensor([0.5, 0.5, 0.0]).view(1, 3, 1, 1).requires_grad_()
-    ast_seg.pixel_entropy_loss(shared).backward()
-    assert shared.grad[0, 2].item() == pytest.approx(2 * math.log(0.5) * math.log(1e-20))
-
 # --- 4.2.2 Curriculum training ------------------------------------------------------------------
-@pytest.mark.parametrize("curriculum, bounds", [
-    ("ct", {1: (0, 2500), 2: (2500, 32_500), 3: (32_500, 127_500)}),
-    ("bt", {1: (0, 0), 2: (0, 0), 3: (0, 125_000)}),
-    ("frozen", {1: (0, 2500), 2: (2500, 127_500), 3: (127_500, 127_500)})])
-def test_the_phases_of_curriculum_training_and_of_what_it_is_compared_with(curriculum, bounds):
-    assert ast_seg.phase_bounds(ast_seg.Config(curriculum=curriculum)) == bounds
-
 @pytest.mark.parametrize("phase, t, rate", [
     (1, 0, 2e-3), (1, 1999, 2e-3), (1, 2000, 2e-4), (1, 2499, 2e-4),  # a tenth after 80 %
     (2, 2500, 0), (2, 2550, 4e-9), (2, 5000, 1e-5), (2, 7500, 4e-5), (2, 32_499, 4e-5),  # warm-up
@@ -729,80 +661,49 @@ def test_every_step_goes_downhill_by_the_rate_of_its_schedule(tmp_path, monkeypa
     np.testing.assert_allclose(-np.diff(places, axis=0), rates, atol=1e-6)
 
 # --- 5. Metrics ---------------------------------------------------------------------------------
-def iou_matrix(pred, true, m):
-    """(m, m): intersection over union of each predicted with each true segment."""
-    ious = np.zeros((m, m))
-    for p, t in np.ndindex(m, m):
-        union = ((pred == p) | (true == t)).sum()
-        ious[p, t] = ((pred == p) & (true == t)).sum() / max(union, 1)
-    return ious
-
-def best_mean_ious(ious, pred, true):
-    """Over all one-to-one matchings with the largest sum of IoUs: this sum, divided by the number
-    of pairs of which one segment is there. Where IoUs of 0 leave it open, there are several."""
-    sums = {order: sum(ious[pair] for pair in enumerate(order))
-            for order in itertools.permutations(range(len(ious)))}
-    best = max(sums.values())
-    return {best / sum(p in pred or t in true for p, t in enumerate(order))
-            for order, total in sums.items() if total > best - 1e-9}
+def iou(a, b):
+    """Intersection over union of two sets of pixels, given as masks."""
+    return (a & b).sum() / max((a | b).sum(), 1)
 
 @pytest.mark.parametrize("found, objects", [(4, 4), (6, 3), (2, 5), (1, 4), (5, 1)])
 def test_the_metrics_are_their_definitions(found, objects):
-    """All permutations for mIoU, scikit-learn for ARI, sets for IoU and Dice. Each image has its
-    own scores, whatever is beside it in the batch."""
+    """All one-to-one matchings for mIoU, scikit-learn for ARI, sets of pixels for the others. Each
+    image has its own scores, whatever is beside it in the batch."""
     rng = np.random.default_rng(0)
     true = rng.integers(objects, size=(20, 5, 7))
     pred = np.stack([rng.permutation(max(found, objects))[labels] % found for labels in true])
     pred = np.where(rng.random(true.shape) < 0.6, pred, rng.integers(found, size=true.shape))
     pred[:2] = 0  # none found
-    true[1:3] = 0  # none there
+    true[1:4] = 0  # none there
+    true[3, 0, 0] = 1  # one of a single pixel, which has no pairs
     table = ast_seg.contingency(torch.from_numpy(pred), torch.from_numpy(true))
     scores = {name: metric(table).tolist() for name, metric in ast_seg.METRICS.items()}
+    labels = range(max(found, objects, 2))
     for n, (p, t) in enumerate(zip(pred, true)):
-        ious = iou_matrix(p, t, max(found, objects))
-        A = set(np.flatnonzero(p))
-        B = set(np.flatnonzero(t))
-        there = np.unique(t[t > 0])
-        possible = best_mean_ious(ious, p, t)
+        ious = np.array([[iou(p == i, t == j) for j in labels] for i in labels])
+        best = max(ious[labels, order].sum() for order in itertools.permutations(labels))
+        A = p > 0
+        B = t > 0
+        there = np.unique(t[B])
         truth = {
-            "mIoU": min(possible, key=lambda value: abs(value - scores["mIoU"][n])),
-            "ARI-FG": adjusted_rand_score(t[t > 0], p[t > 0]) if B else 1.0,
-            "MSC-FG": ious[:, there].max(0).mean() if B else 0.0,
-            "IoU": len(A & B) / len(A | B) if A | B else 1.0,
-            "Dice": 2 * len(A & B) / (len(A) + len(B)) if A | B else 1.0}
+            "mIoU": best / max(len(np.unique(p)), len(np.unique(t))),
+            "ARI-FG": adjusted_rand_score(t[B], p[B]) if B.any() else 1.0,
+            "MSC-FG": ious[:, there].max(0).mean() if B.any() else 0.0,
+            "IoU": iou(A, B) if (A | B).any() else 1.0,
+            "Dice": 2 * (A & B).sum() / (A.sum() + B.sum()) if (A | B).any() else 1.0}
         assert {k: values[n] for k, values in scores.items()} == pytest.approx(truth, abs=1e-12)
 
-@pytest.mark.parametrize("pred, true, miou, ari_fg, msc_fg, iou", [
-    ("2201", "0012", 1, 1, 1, 1 / 4),  # whatever the names: only IoU asks which is the background
-    ("0000", "0000", 1, 1, 0, 1),  # no foreground, and none found
-    ("0011", "0000", 1 / 4, 1, 0, 0),  # no foreground, but something found: (1/2 + 0) / 2 pairs
-    ("0111", "0011", (1 / 2 + 2 / 3) / 2, 1, 2 / 3, 2 / 3),  # one object, with a margin
-    ("0344", "0112", (1 + 1 / 2 + 1 / 2) / 3, -1 / 2, 1 / 2, 1),  # more slots than objects
-    ("0000", "0112", (0 + 2 / 4 + 0) / 3, 0, (2 / 4 + 1 / 4) / 2, 0),  # one predicted segment
-    ("0001", "0001", 1, 1, 1, 1)])  # an object of one pixel has no pairs at all
-def test_the_metrics_in_cases_that_one_can_do_by_hand(pred, true, miou, ari_fg, msc_fg, iou):
-    table = ast_seg.contingency(*(torch.tensor([[[int(c) for c in x]]]) for x in (pred, true)))
-    ours = {name: metric(table).item() for name, metric in ast_seg.METRICS.items()}
-    dice = 2 * iou / (1 + iou)
-    truth = {"mIoU": miou, "ARI-FG": ari_fg, "MSC-FG": msc_fg, "IoU": iou, "Dice": dice}
-    assert ours == pytest.approx(truth)
-
 def test_evaluate_scores_every_scene_in_percent(tmp_path):
-    """70 scenes are more than a batch. The squared error is summed over channels and pixels; of
-    scenes without labels it alone is known."""
+    """70 scenes are more than a batch. The squared error is summed over channels and pixels."""
     model = many_labels().train()
     scenes = data.load("shapes", "test", tmp_path, 70)
     scores = ast_seg.evaluate(model, scenes, CPU)
-    assert list(scores) == ["mIoU", "ARI-FG", "MSC-FG", "IoU", "Dice", "MSE"]
     for n in (0, 69):
         image = torch.from_numpy(scenes.images[n:n + 1] / np.float32(255))
         squares = (model(image).image - image).square()
         assert scores["MSE"][n] == pytest.approx(squares.sum().item(), rel=1e-4)
-        found = model.segment(image)[0].numpy() > 0
-        iou = (found & (scenes.labels[n] > 0)).sum() / (found | (scenes.labels[n] > 0)).sum()
-        assert scores["IoU"][n] == pytest.approx(100 * iou, abs=0.1) and iou > 0
-    unlabelled = replace(scenes, labelled=False)
-    assert list(ast_seg.evaluate(model, unlabelled, CPU)) == ["MSE"]
+        truth = 100 * iou(model.segment(image)[0].numpy() > 0, scenes.labels[n] > 0)
+        assert scores["IoU"][n] == pytest.approx(truth, abs=0.1) and truth > 0
 
 # --- From here on the tests guard the program; skip them on a first reading ---------------------
 def contents(folder):
@@ -815,26 +716,11 @@ def flag(name, value):
     return f"--{name.replace('_', '-')}={value}"
 
 # --- The program: configuration -----------------------------------------------------------------
-def test_every_field_is_a_flag():
-    given = {}
-    for i, field in enumerate(fields(ast_seg.Config), 2):
-        choices = typing.get_args(field.type)
-        given[field.name] = choices[-1] if choices else field.type(i)
-    given |= dict(backbone="x", window=5, adam_beta1=0.3, adam_beta2=0.4)
-    given |= dict(heads=3, d_t=300, s_max=90.0, steps=6, phase2_steps=6)
-    switches = dict(identity_start="--identity-start", anisotropic="--anisotropic")
-    flags = [switches.get(name, flag(name, value)) for name, value in given.items()]
-    assert asdict(ast_seg.parse(flags)[0].config) == given
-
-SMALL = ast_seg.preset("shapes", small=True)
-
 @pytest.mark.parametrize("arguments, config", [
-    ("", SMALL), ("--no-small", ast_seg.preset("shapes")),
-    ("--dataset=clevr", ast_seg.preset("clevr")),
+    ("", ast_seg.preset("shapes", True)), ("--no-small", ast_seg.preset("shapes")),
     ("--lr 7 --dataset ood --small", replace(ast_seg.preset("ood", True), lr=7)),
     ("--steps=1250 --dataset=ood --warmup-steps=7",
-     replace(ast_seg.preset("ood", False, 1250), warmup_steps=7)),
-    ("--steps=3 --phase2-steps=9", replace(ast_seg.preset("shapes", True, 3), phase2_steps=3))])
+     replace(ast_seg.preset("ood", False, 1250), warmup_steps=7))])
 def test_dataset_small_and_steps_choose_the_preset_which_other_flags_override(arguments, config):
     assert ast_seg.parse(arguments.split())[0].config == config
 
@@ -847,30 +733,13 @@ def test_a_preset_is_the_facts_of_its_set_then_small_then_a_schedule_in_proporti
     facts = dict(zip(names, values), dataset=name)
     assert ast_seg.preset(name) == ast_seg.Config(**facts)
     assert ast_seg.preset(name, small=True) == ast_seg.Config(**facts | ast_seg.SMALL)
-
-    # What SMALL needs leaves also a shorter run of the paper's as it is: all parts have one rate.
-    short = ast_seg.preset(name, steps=1250)
-    assert short == ast_seg.Config(**facts, steps=1250, phase2_steps=300, warmup_steps=50,
-                                   entropy_warmup_steps=100)
-    for step in (0, 25, 49, 50, 300, 310, 1125):
-        t = facts["background_steps"] + step
-        rates = [ast_seg.learning_rate(short, 2 + (step >= 300), t, group)
-                 for group in ("background", "refine", "objects")]
-        assert rates == pytest.approx([rates[0]] * 3)
-    assert not short.identity_start and ast_seg.warmup(0, short.robustness_warmup) == 1
-
-def test_the_program_starts_and_its_help_can_be_read(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["ast_seg.py", "--help", "--dataset=clevr"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(ast_seg.__file__, run_name="__main__")
-    text = " ".join(capsys.readouterr().out.split())
-    assert end.value.code == 0 and "lambda_pixel (Eq. 22) (default: 10000)" in text
+    assert ast_seg.preset(name, steps=1250) == ast_seg.Config(
+        **facts, steps=1250, phase2_steps=300, warmup_steps=50, entropy_warmup_steps=100)
 
 # --- The program: a run, and its interruptions --------------------------------------------------
-RUN = [*itertools.starmap(flag, TINY.items()), "--lr=0.01", "--log-alpha-0=0", "--s-max=3",
-       "--mask-noise=0.1", "--checkpoint-every=4"]  # objects are visible, and at random blurred
-CONFIG = ast_seg.parse(RUN)[0].config
-PHASES = 6 * [1] + 8 * [2] + 4 * [3]
+CONFIG = tiny(lr=0.01, log_alpha_0=0.0, s_max=3.0, mask_noise=0.1,  # objects are visible,
+              checkpoint_every=4)  # and at random blurred
+RUN = [flag(name, getattr(CONFIG, name)) for name in (*TINY, "log_alpha_0", "mask_noise")]
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
@@ -880,28 +749,22 @@ def arguments(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, arguments):
-    """A run of the command: its folder, and what it printed."""
+    """The folder of a run of the command."""
     folder = tmp_path_factory.mktemp("command") / "run"
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert ast_seg.main(arguments(folder)) == 0
-    return folder, out.getvalue()
-
-def table(text):
-    """{first word: cells} of the printed table."""
-    return {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
-
-SCORED = ("results.json", "scores.npz", "segmentations.png")
+    assert ast_seg.main(arguments(folder)) == 0
+    return folder
 
 def test_a_run_leaves_a_model_a_log_pictures_and_the_scores_of_that_model(finished, arguments):
-    folder, out = finished
-    assert contents(folder).keys() == {
+    scored = ("results.json", "scores.npz", "segmentations.png")
+    assert contents(finished).keys() == {
         "checkpoint.pt", "log.jsonl", "curves.png", "model/README.md", "model/config.json",
         "model/model.safetensors", *(f"frames/{t:07}.png" for t in (6, 12, 18)),
-        *(f"shapes-test-12/{name}" for name in SCORED)}
-    for picture in folder.rglob("*.png"):
+        *(f"shapes-test-12/{name}" for name in scored)}
+    for picture in finished.rglob("*.png"):
         assert np.asarray(Image.open(picture).convert("L")).std() > 10  # not blank
 
-    for t, (line, phase) in enumerate(zip(read_log(folder), PHASES, strict=True)):
+    phases = 6 * [1] + 8 * [2] + 4 * [3]
+    for t, (line, phase) in enumerate(zip(read_log(finished), phases, strict=True)):
         assert (line["t"], line["phase"]) == (t + 1, phase)
         group = "background" if phase == 1 else "objects"
         assert line["lr"] == ast_seg.learning_rate(CONFIG, phase, t, group)
@@ -909,18 +772,17 @@ def test_a_run_leaves_a_model_a_log_pictures_and_the_scores_of_that_model(finish
         scores = {*ast_seg.METRICS, "MSE"} if line["t"] % 6 == 0 else set()
         assert line.keys() == {"t", "phase", "seconds", "lr"} | losses | scores
 
-    model = ast_seg.load_model(folder, CPU)
-    last = torch.load(folder / "checkpoint.pt")["model"]
+    model = ast_seg.load_model(finished, CPU)
+    last = torch.load(finished / "checkpoint.pt")["model"]
     assert all(torch.equal(value, last[name]) for name, value in model.state_dict().items())
     scenes = data.load("shapes", "test", arguments("")[1].removeprefix("--data-dir="), 12)
     truth = ast_seg.evaluate(model, scenes, CPU)
-    results = json.loads((folder / "shapes-test-12/results.json").read_text())
+    results = json.loads((finished / "shapes-test-12/results.json").read_text())
     assert results.pop("config") == asdict(CONFIG) and results.pop("torch") == torch.__version__
     assert results == {name: values.mean() for name, values in truth.items()}
-    scores = np.load(folder / "shapes-test-12/scores.npz")
+    scores = np.load(finished / "shapes-test-12/scores.npz")
     assert all(np.array_equal(scores[name], truth[name]) for name in results)
-    assert table(out)["on"] == ["shapes", *results] and 0 < results["MSC-FG"] < 100
-    assert table(out)[str(folder)] == [f"{mean:.2f}" for mean in results.values()]
+    assert 0 < results["MSC-FG"] < 100
 
 class Killed(BaseException):
     """Stands for whatever ends a program between two of its lines."""
@@ -957,61 +819,39 @@ def test_wherever_a_run_is_killed_the_same_command_goes_on_to_the_same_bits(
     killed = None
     assert ast_seg.main(arguments(folder)) == 0
 
-    truth = contents(finished[0])
+    truth = contents(finished)
     ours = contents(folder)
     for name in ("model/model.safetensors", "shapes-test-12/scores.npz"):
         assert ours[name] == truth[name]
-    logs = [[line | {"seconds": 0} for line in read_log(run)] for run in (folder, finished[0])]
+    logs = [[line | {"seconds": 0} for line in read_log(run)] for run in (folder, finished)]
     assert logs[0] == logs[1]
-    seconds = [line["seconds"] for line in read_log(folder)]
-    assert seconds == sorted(seconds)  # the clock goes on, too
-
-KILLED = """if True:  # the program, which the system kills in its seventh step
-    import itertools, os, runpy, signal, sys, torch
-    adam_step, count = torch.optim.Adam.step, itertools.count(1)
-    def step(*arguments, **given):
-        if next(count) == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return adam_step(*arguments, **given)
-    torch.optim.Adam.step = step
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 def test_so_it_does_after_a_real_process_was_killed(finished, tmp_path, arguments, no_pictures):
     folder = tmp_path / "run"
-    process = subprocess.run([sys.executable, "-c", KILLED, ast_seg.__file__, *arguments(folder)],
-                             env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert process.returncode == -signal.SIGKILL
-    assert torch.load(folder / "checkpoint.pt")["t"] == 6
+    log = folder / "log.jsonl"
+    command = [sys.executable, ast_seg.__file__, *arguments(folder)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=one_thread, stderr=subprocess.DEVNULL)
+    while not log.exists() or log.read_text().count("\n") < 7:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert ast_seg.main(arguments(folder)) == 0
     for name in ("model/model.safetensors", "shapes-test-12/scores.npz"):
-        assert contents(folder)[name] == contents(finished[0])[name]
+        assert contents(folder)[name] == contents(finished)[name]
 
 def test_a_finished_run_is_only_scored_which_ctrl_c_ends(finished, arguments, monkeypatch, capsys):
-    folder = finished[0]
-    before = contents(folder)
+    before = contents(finished)
     monkeypatch.setattr(ast_seg, "training_loss", lambda *_: pytest.fail("nothing is left to do"))
     for more in (("--log-every=5", "--checkpoint-every=7"), ("--eval", "--lr=7")):
-        (folder / "shapes-test-12/segmentations.png").unlink()
-        assert ast_seg.main(arguments(folder, *more)) == 0 and contents(folder) == before
+        (finished / "shapes-test-12/segmentations.png").unlink()
+        assert ast_seg.main(arguments(finished, *more)) == 0 and contents(finished) == before
         assert "Training" not in capsys.readouterr().out
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     monkeypatch.setattr(ast_seg, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
-    assert ast_seg.main(arguments(folder)) == 130 and "Stopped" in capsys.readouterr().err
-
-def test_each_line_of_the_log_is_written_about_once(tmp_path, monkeypatch, no_pictures):
-    """A run of 125 000 steps has thousands: all anew for each one would take longer than steps."""
-    dumps = json.dumps
-    written = []
-
-    def note(line, **more):
-        written.append(line)
-        return dumps(line, **more)
-    monkeypatch.setattr(json, "dumps", note)
-    train(tmp_path / "run", steps=40, phase2_steps=40, checkpoint_every=99, validate_every=99)
-    lines = [line for line in written if isinstance(line, dict) and "seconds" in line]
-    assert len(lines) < 3 * len(read_log(tmp_path / "run"))
+    assert ast_seg.main(arguments(finished)) == 130 and "Stopped" in capsys.readouterr().err
 
 def test_randomness_in_a_step_depends_on_seed_and_step_alone(tmp_path, monkeypatch, no_pictures):
     training_loss = ast_seg.training_loss
@@ -1045,25 +885,22 @@ def test_every_ablation_trains_and_is_scored(flags, tmp_path, arguments, monkeyp
     phases = {"--curriculum=frozen": [1, 2, 2, 2, 2], "--curriculum=bt": [3, 3, 3, 3]}
     assert [line["phase"] for line in log] == phases.get(flags, [1, 2, 2, 3, 3])
     assert math.isfinite(log[-1]["reconstruction"]) and 0 < log[-1]["mIoU"] <= 100
-    assert (tmp_path / "run/shapes-test-2/results.json").exists()
 
 # --- The program: scores, and the model as a file -----------------------------------------------
 @pytest.mark.parametrize("more, name", [
-    ("--split=val", "shapes-val-12"), ("--limit=3", "shapes-test-3"),
+    ("--split=val --limit=3", "shapes-val-3"),
     ("--dataset=tm_dsprites --limit=4", "tm_dsprites-test-4"),
     ("--dataset=folder --data-dir=PHOTOS", "folder-test-1")])  # images without labels
 def test_another_set_has_its_own_folder(more, name, finished, arguments, photos, capsys):
-    before = contents(finished[0])
+    before = contents(finished)
     more = more.replace("PHOTOS", str(photos)).split()
-    options = [*arguments("")[:2], "--limit=12", "--eval", *more, f"--out={finished[0]}"]
+    options = [*arguments("")[:2], "--limit=12", "--eval", *more, f"--out={finished}"]
     assert ast_seg.main(options) == 0
-    after = contents(finished[0])
-    assert after.items() >= before.items()
-    assert after.keys() - before.keys() == {f"{name}/{file}" for file in SCORED}
-    scores = np.load(finished[0] / name / "scores.npz")
-    known = {"MSE"} if name == "folder-test-1" else {*ast_seg.METRICS, "MSE"}
-    assert set(scores) == set(table(capsys.readouterr().out)["on"][1:]) == known
+    assert contents(finished).items() > before.items()
+    scores = np.load(finished / name / "scores.npz")
+    assert set(scores) == ({"MSE"} if "folder" in name else {*ast_seg.METRICS, "MSE"})
     assert {len(values) for values in scores.values()} == {int(name.split("-")[-1])}
+    assert capsys.readouterr().out.split()[-1] == f"{scores['MSE'].mean():.2f}"
 
 def test_models_are_compared_with_their_mean_and_the_papers_rows(capsys):
     one = {"mIoU": 1.0, "ARI-FG": 2.0, "Dice": 3.0, "MSE": 4.0}
@@ -1075,84 +912,30 @@ def test_models_are_compared_with_their_mean_and_the_papers_rows(capsys):
         ["paper,", "B3-BT", "71.92±32.94", "76.05±36.13", "-", "51±63"],
         ["paper,", "B3-CT", "90.27±0.20", "98.26±0.07", "-", "16±1"]]
 
-def test_models_of_the_hub_are_scored_under_runs(tmp_path, arguments, monkeypatch, capsys):
-    models = {name: many_labels(dataset="tm_dsprites") for name in ("somebody/one", "else/two")}
-    monkeypatch.setattr(ast_seg.ASTSeg, "from_pretrained", lambda name, strict: models[name])
-    monkeypatch.chdir(tmp_path)
-    assert ast_seg.main(arguments("", "--limit=4", "--model", *models)) == 0
-    assert contents(tmp_path).keys() == {
-        f"runs/{name}/tm_dsprites-test-4/{file}" for name in models for file in SCORED}
-    assert {*models, "mean"} < table(capsys.readouterr().out).keys()
-
-# --- The program: pictures ----------------------------------------------------------------------
-@pytest.fixture()
-def figures(monkeypatch):
-    """The figures that are drawn."""
-    drawn = []
-    monkeypatch.setattr(ast_seg.plt, "close", drawn.append)
-    return drawn
-
-@torch.no_grad()
-def test_segments_have_the_colours_of_the_truth_and_rings_are_in_place(figures, tmp_path):
+def test_segments_are_drawn_in_the_colours_of_the_truth(tmp_path, monkeypatch):
     """Here the truth is what the model found, but in another order in each scene."""
+    drawn = []
+    monkeypatch.setattr(data, "show", lambda axis, picture, title: drawn.append(picture))
     model = many_labels(slots=8)
-    encode = model.encode
-    x, y, log_alpha = torch.rand(3, 8, 8) * 2 - 1  # some objects are too faint to be visible
-    model.encode = lambda images: encode(images)._replace(
-        x=x[:len(images)], y=y[:len(images)], log_alpha=9 * log_alpha[:len(images)])
-    pixels = torch.randint(256, (8, 3, 64, 64), dtype=torch.uint8)
-    images = pixels[:6] / 255
+    pixels = torch.randint(256, (6, 3, 64, 64), dtype=torch.uint8)
     orders = torch.stack([torch.tensor([0, *torch.randperm(8) + 1]) for _ in pixels])
     pred = model.segment(pixels / 255)
     true = orders.gather(1, pred.flatten(1)).view_as(pred)
     scenes = data.Scenes(pixels.numpy(), true.byte().numpy())
-    ast_seg.draw_segmentations(model.train(), scenes, tmp_path / "a.png", "step 7")
-    assert Image.open(tmp_path / "a.png").width == 780
-
-    latents = model.encode(images)
-    scene = model(images)
-    for i, axes in enumerate(np.reshape(figures[0].axes, (6, 6))):
-        visible = [k for k in range(8) if (pred[i] == k + 1).any()]
-        attention = latents.attention[i, visible]
-        truth = data.PALETTE[true[i]]
-        wanted = [images[i].movedim(0, 2), (attention / attention.amax((1, 2), True)).amax(0),
-                  truth, scene.image[i].movedim(0, 2), scene.layers[i, 0].movedim(0, 2), truth]
-        for axis, picture in zip(axes, wanted):
-            np.testing.assert_allclose(axis.images[0].get_array(), picture, atol=1e-5)
-            assert axis.images[0].get_extent() == [-1, 1, 1, -1]
-        rings = [(*ring.center, *ring.get_edgecolor()[:3]) for ring in axes[1].patches]
-        assert rings == [(latents.x[i, k], latents.y[i, k], *data.PALETTE[orders[i, k + 1]])
-                         for k in visible] and 0 < len(rings) < 8
-    assert [axis.get_title() for axis in figures[0].axes[:7]] == [
-        "step 7", "attention", "segments", "output", "background", "truth", ""]
-
-@pytest.mark.filterwarnings("ignore:Data has no positive values")
-@pytest.mark.parametrize("log", [
-    [{"t": 5, "background": 0.1}], [{"t": 5, "background": math.nan}], [
-    {"t": 6, "background": 0.1, "mIoU": 3.0}, {"t": 7, "reconstruction": 0.3, "entropy": 0.2}]])
-def test_curves_show_what_the_log_has_so_far(log, figures, tmp_path):
-    ast_seg.draw_curves(CONFIG, log, tmp_path / "curves.png")
-    assert Image.open(tmp_path / "curves.png").width > 200
-    lines = {line.get_label(): line.get_xydata().tolist()
-             for axis in figures[0].axes for line in axis.lines}
-    assert [x for x, _ in lines.pop("rate / 10")] == [6 + 0.75 * 12] * 2
-    names = ("background", "reconstruction", "entropy", "mIoU", "ARI-FG", "MSC-FG")
-    np.testing.assert_equal(lines, {  # nan is equal to nan
-        name: [[line["t"], line[name]] for line in log if name in line] for name in names})
+    ast_seg.draw_segmentations(model, scenes, tmp_path / "a.png")
+    assert np.array_equal(drawn[2::6], data.PALETTE[true])  # the third of six columns
 
 # --- The program: images of one's own -----------------------------------------------------------
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory, arguments):
-    """Images of many sizes, modes and names; the first is a scene as the model knows it."""
+def photos(tmp_path_factory):
+    """Images of many sizes, modes and names."""
     folder = tmp_path_factory.mktemp("photos")
-    scenes = data.load("shapes", "test", arguments("")[1].removeprefix("--data-dir="), 1)
-    scene = Image.fromarray(scenes.images[0].transpose(1, 2, 0))
-    for name, size, mode in (("scene.png", (64, 64), "RGB"), ("wide.jpg", (200, 80), "RGB"),
-                             ("tall.PNG", (50, 131), "RGBA"), ("line.png", (1300, 1), "L"),
+    noise = Image.fromarray(np.random.default_rng(0).integers(256, size=(64, 64, 3)).astype("u1"))
+    for name, size, mode in (("wide.jpg", (200, 80), "RGB"), ("tall.PNG", (50, 131), "RGBA"),
                              ("deeper/large.webp", (1024, 600), "RGB"), ("a/b.png", (8, 9), "P"),
-                             ("a_b.png", (9, 9), "RGB"), ("a__b.png", (10, 9), "RGB")):
+                             ("a_b.png", (9, 9), "L")):
         (folder / name).parent.mkdir(exist_ok=True)
-        scene.resize(size).convert(mode).save(folder / name)
+        noise.resize(size).convert(mode).save(folder / name)
     (folder / "notes.txt").write_text("not an image")
     return folder
 
@@ -1163,86 +946,68 @@ def test_each_image_gets_labels_an_overlay_and_measures(photos, tmp_path, monkey
     assert ast_seg.main(["--device=cpu", "--segment", ".", f"--model={tmp_path}",
                          f"--out={tmp_path}/out"]) == 0
     found = json.loads((tmp_path / "out/objects.json").read_text())
-    files = [file for file in Path().rglob("*") if file.suffix.lower() in data.SUFFIXES]
-    assert found.keys() == {file.as_posix() for file in files} and len(files) == 8
-    assert len(contents(tmp_path / "out")) == 2 * 8 + 1  # no two share a name
+    assert len(found) == 5 and len(contents(tmp_path / "out")) == 2 * 5 + 1  # no names are one
 
-    for file in files:
-        stem = file.as_posix().replace("_", "__").replace("/", "_")
+    for name, objects in found.items():
+        stem = name.replace("_", "__").replace("/", "_")
         flat = Image.open(tmp_path / f"out/{stem}_labels.png")
         labels = np.array(flat)
+        image = data.read_image(Path(name), ())
+        square = torch.from_numpy(data.resize(image, 64)).movedim(2, 0)[None] / 255
+        zoom = 2 if image.shape[1] > 512 else 1  # of labels that are enlarged, and never mixed
+        drawn = model.segment(square, labels.shape[0] // zoom, labels.shape[1] // zoom)[0]
+        assert np.array_equal(labels, drawn.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1))
+
         overlay = np.array(Image.open(tmp_path / f"out/{stem}_overlay.png"))
-        image = data.read_image(file, ())
         mixed = (image.astype(float) + np.array(flat.convert("RGB"))) / 2
         truth = np.where(labels[..., None] > 0, mixed, image)
-        assert flat.mode == "P" and np.abs(overlay - truth).max() <= 1
+        assert np.abs(overlay - truth).max() <= 1
 
-        # As by the model. Above 512 pixels labels are enlarged, and never mixed.
-        square = torch.from_numpy(data.resize(image, 64)).movedim(2, 0)[None] / 255
-        if image.shape[1] == 1024:
-            drawn = model.segment(square, 300, 512)[0].repeat_interleave(2, 0)
-            assert np.array_equal(labels, drawn.repeat_interleave(2, 1))
-        elif image.shape[1] < 512:
-            assert np.array_equal(labels, model.segment(square, *labels.shape)[0])
-
-        objects = found[file.as_posix()]
         assert [o["label"] for o in objects] == [k for k in range(1, 5) if (labels == k).any()]
         for o in objects:
             cells = np.array([at for at in np.ndindex(labels.shape) if labels[at] == o["label"]])
             assert o["area"] == len(cells)
             assert o["box"] == [*cells.min(0)[::-1], *cells.max(0)[::-1] + 1]  # x, y, x, y
             assert [o["y"], o["x"]] == pytest.approx(cells.mean(0) + 0.5)
-    assert len(found["scene.png"]) > 1
-
-def test_every_label_has_a_colour_and_only_the_background_is_black():
-    assert data.PALETTE.shape == (256, 3)
-    assert np.array_equal(data.PALETTE.any(1), np.arange(256) > 0)
-    assert len(np.unique(data.PALETTE[:20], axis=0)) == 20
+    assert len(found["wide.jpg"]) > 1
 
 # --- The program: what is refused ---------------------------------------------------------------
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory, finished):
     """A user's folder, where much is damaged or foreign."""
     folder = tmp_path_factory.mktemp("mine")
-    start = {"config": asdict(CONFIG), "t": 1, "seconds": 0.0, "log": []}
-    states = {"run": start, "foreign": {"epoch": 3}, "code": {"config": Path()}}
-    for name, state in states.items():
-        (folder / name).mkdir()
-        torch.save(state, folder / name / "checkpoint.pt")
-    whole = (folder / "run/checkpoint.pt").read_bytes()
-    config = (finished[0] / "model/config.json").read_bytes()
+    checkpoint = (finished / "checkpoint.pt").read_bytes()
+    config = (finished / "model/config.json").read_bytes()
     part = safetensors.torch.save({"log_alpha_0": torch.zeros(())})
     files = {
-        "cut/checkpoint.pt": whole[:len(whole) // 2], "empty/checkpoint.pt": b"",
+        "run/checkpoint.pt": checkpoint, "cut/checkpoint.pt": checkpoint[:len(checkpoint) // 2],
         "thesis/chapter.tex": b"all my work", "photos/text.png": b"text",
-        "vit/config.json": b'{"model_type": "vit"}', "no-json/model/config.json": b"[",
+        "vit/config.json": b'{"model_type": "vit"}',
         "bert/model/config.json": b'{"architectures": ["Bert"]}',
-        "no-weights/model/config.json": config,
         "half/model/config.json": config, "half/model/model.safetensors": part[:30],
         "part/model/config.json": config, "part/model/model.safetensors": part}
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
+    code = {"config": asdict(CONFIG), "t": 1, "run": Path()}  # unpickling may run any code
+    for name, state in {"foreign": {"epoch": 3}, "code": code}.items():
+        (folder / name).mkdir()
+        torch.save(state, folder / name / "checkpoint.pt")
     return folder
 
 REFUSED = {  # what the answer names: what is asked for in the folder `mine`, one a word
-    "--lr ": "--lr=nan --lr=inf --lr=-1", "--steps ": "--steps=0", "--slots ": "--slots=0",
-    "--batch-size ": "--batch-size=1", "--seed ": f"--seed=-1 --seed={10 ** 400}",
-    "--log-alpha-0 ": "--log-alpha-0=nan", "--s-min": "--s-min=0.5 --s-max=1.2",
-    "--d-t ": "--d-t=60 --d-t=32", "--window ": "--window=-1 --window=4",
-    "--log-every ": "--log-every=0", "--limit ": "--limit=-1", "--adam-beta": "--adam-beta1=1",
-    "--device": "--device=toaster --device=cuda:77",
-    "no run of ours": "--out=thesis --out=thesis/chapter.tex --out=.",
+    "--lr ": "--lr=nan --lr=-1", "--steps ": "--steps=0", "--batch-size ": "--batch-size=1",
+    "--s-min": "--s-min=0.5 --s-max=1.2", "--d-t ": "--d-t=60 --d-t=32",
+    "--window ": "--window=-1 --window=4", "--adam-beta": "--adam-beta1=1",
+    "--device": "--device=toaster", "no run of ours": "--out=thesis --out=.",
     "Not a directory": "--out=thesis/chapter.tex/run --data-dir=thesis/chapter.tex",
-    "checkpoint.pt is of no use": "--out=cut --out=empty --out=foreign --out=code",
+    "checkpoint.pt is of no use": "--out=cut --out=foreign --out=code",
     "other settings (lr, entropy_weight)": "--out=run,--lr=0.5,--entropy-weight=7",
-    "The model ": "--eval --model=nobody/none --model=thesis/chapter.tex --model=no-json "
-                  "--model=bert --model=no-weights --model=half --model=part --segment,photos",
-    "The backbone ": "--generator=b3 --generator=b3,--backbone=photos "
-                     "--generator=b3,--backbone=vit",
-    "no image in": "--segment,nowhere,--model=RUN --segment,thesis,--model=RUN",
+    "The model ": "--eval --model=nobody/none --model=bert --model=half --model=part",
+    "The backbone ": "--generator=b3 --generator=b3,--backbone=vit",
+    "no image in": "--segment,thesis,--model=RUN",
     "photos/text.png": "--segment,photos/text.png,--model=RUN",
-    "shapestacks": "--dataset=shapestacks", "nothing there": "--dataset=folder,--data-dir=thesis"}
+    "nothing there": "--dataset=folder,--data-dir=thesis"}
 
 @pytest.mark.parametrize("named, asked", [
     (named, asked) for named, words in REFUSED.items() for asked in words.split()],
@@ -1252,7 +1017,7 @@ def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(
     monkeypatch.setitem(ast_seg.SEGFORMERS, "b3", ast_seg.SEGFORMERS["tiny"])
     monkeypatch.chdir(mine)
     before = contents(mine)
-    asked = asked.replace("RUN", str(finished[0])).split(",")
+    asked = asked.replace("RUN", str(finished)).split(",")
     assert ast_seg.main(arguments(tmp_path / "new", *asked)) == 2
     lines = re.split(r"[\r\n]+", capsys.readouterr().err)
     (line,) = [line for line in lines if line.strip() and "/s]" not in line]  # no progress bars
