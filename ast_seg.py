@@ -17,6 +17,7 @@ Shapes in comments: n images, K object queries, c channels, h x w pixels, h* x w
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -32,6 +33,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from matplotlib import pyplot as plt
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.func import functional_call
 from tqdm import tqdm
 
 import data
@@ -76,12 +78,12 @@ class Config:
     glimpse_size: Literal[0, 16, 32, 64] = 0  # side of the glimpses; 0: half the image's (Table 2)
     curriculum: Literal["ct", "bt", "frozen"] = "ct"  # phases 1-3; bt: 3 only; frozen: 1 and 2
     lr_drop_at: float = 0.9  # share of the steps after which the learning rate is a tenth
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the maps; auto: bf16 on a GPU
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 where a GPU has it
     window: int = 0  # local soft-argmax, over window x window cells (odd); 0: over all
     mask_noise: float = 0.0  # noise on the masks in training, instead of the entropy loss (0.4)
 
     # What SMALL needs to learn in minutes; these defaults leave the paper's training as it is
-    identity_start: bool = False  # let the transformer start as the identity
+    residual: bool = False  # let the transformer add to the triplets: it starts as the identity
     refine_lr_factor: float = 1.0  # learning rate of the transformer, in units of lr
     refine_warmup: float = 0.04  # its warm-up, as a share of the steps: 5000 of 125 000
     phase3_warmup: float = 0.0  # another warm-up at the start of phase 3, as a share of the steps
@@ -89,13 +91,17 @@ class Config:
     robustness_warmup: float = 0.0  # share of phase 1 over which its loss becomes robust
 
     # The run
+    background_from: str = ""  # a run whose background model is taken as its phase 1 left it
+    compile: bool = False  # compile feature maps and background: a minute's work, then faster
     seed: int = 0  # of the weights, the batches and the dropout
     limit: int = 0  # use at most so many scenes of each split; 0: all
     log_every: int = 50  # steps between two lines of log.jsonl
     validate_every: int = 2500  # steps between two scores and pictures of validation scenes
-    checkpoint_every: int = 1000  # steps between two checkpoints
+    checkpoint_minutes: float = 5.0  # between two checkpoints; one more ends each phase
 
     def __post_init__(self):
+        if self.background_from:
+            self.background_steps = 0
         if self.curriculum == "bt":
             self.background_steps = self.phase2_steps = 0
         if self.curriculum == "frozen" or self.phase2_steps > self.steps:
@@ -103,7 +109,7 @@ class Config:
 
         least = {"batch_size": 2, "log_alpha_0": -1e6, **dict.fromkeys((  # 2: for batch norm
             "steps", "background_batch_size", "slots", "d_z_what", "d_t", "d_ff", "heads", "s_min",
-            "log_every", "validate_every", "checkpoint_every"), 1)}
+            "log_every", "validate_every"), 1)}
         for name, value in asdict(self).items():
             most = 1 if "beta" in name else 1e12
             if not isinstance(value, str) and not least.get(name, 0) <= value < most:
@@ -113,8 +119,8 @@ class Config:
             raise data.UserError("--window must be odd, so that the peak is in its middle.")
         if self.s_max <= self.s_min:
             raise data.UserError("--s-max must be larger than --s-min.")
-        if self.d_t % self.heads or self.d_t < self.d_z_what + 7:  # 7: for start_as_identity
-            raise data.UserError("--d-t must be a multiple of --heads and over --d-z-what + 6.")
+        if self.d_t % self.heads:
+            raise data.UserError("--d-t must be a multiple of --heads.")
 
 SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default for shapes
     size=64, batch_size=32, background_batch_size=32,  # less to compute in a step
@@ -126,11 +132,11 @@ SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default
     lr_drop_at=0.75,  # outlines become sharp only after the drop
     log_alpha_0=4.0, s_max=8.0,  # visible sooner, and first glimpses of 14 pixels instead of 5
     entropy_weight=5e-2, entropy_warmup_steps=2700,  # more, but later: early, queries fall asleep
-    identity_start=True,  # at such rates a random transformer sends all queries to one place,
+    residual=True,  # at such rates a random transformer sends all queries to one place,
     refine_lr_factor=0.1, refine_warmup=5 / 12,  # and so does one that learns before the maps
     phase3_warmup=1 / 36,  # the first step of a new Adam moves each weight by the full rate
     background_lr_factor=0.3,  # at the full rate the background would draw objects itself
-    validate_every=200, checkpoint_every=200)
+    validate_every=200)
 
 def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Config:
     """The settings of a dataset as in the paper, or SMALL; with `steps`, their schedule scales."""
@@ -202,10 +208,16 @@ SEGFORMERS = {
     "tiny": dict(depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 64, 128],  # ours, for laptops
                  num_attention_heads=[1, 2, 4, 8], decoder_hidden_size=64)}
 
-def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
-    """A last layer, whatever autocast says: bfloat16 would round logits of 8 to 16 to 0.06."""
+def autocast(precision: str, images: Tensor):
+    """The context in which convolutions and products are computed in bfloat16, or are not."""
+    native = images.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    enabled = native if precision == "auto" else precision == "bfloat16"
+    return torch.autocast(images.device.type, torch.bfloat16, enabled=enabled)
+
+def exactly(layer: nn.Module, x: Tensor) -> Tensor:
+    """A last layer without autocast: bfloat16 would round logits of 8 to 16 to 0.06."""
     with torch.autocast(x.device.type, enabled=False):
-        return layer(x.to(layer.weight.dtype))
+        return layer(x.to(next(layer.parameters()).dtype))
 
 class Segformer(nn.Module):
     """Images (n, 3, h, w) in [0, 1] -> maps of a quarter of the side, (n, channels, h/4, w/4)."""
@@ -239,7 +251,7 @@ class Segformer(nn.Module):
             maps = maps + F.interpolate(fused, levels[0].shape[2:], mode="bilinear")
         for layer in rest:  # batch norm, ReLU, dropout
             maps = layer(maps)
-        return in_float32(classifier, maps)
+        return exactly(classifier, maps)
 
 def coordinates(h: int, w: int, like: Tensor) -> Tensor:
     """Normalised coordinates of h x w cells, (2, h, w): x over columns, y over rows."""
@@ -265,30 +277,14 @@ class Refinement(nn.Module):
         layer = nn.TransformerEncoderLayer(config.d_t, config.heads, config.d_ff, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
         self.project = nn.Linear(config.d_t, d)
-        if config.identity_start:
-            self.start_as_identity()
+        self.residual = config.residual
+        if self.residual:  # it starts as the identity
+            nn.init.zeros_(self.project.weight)
+            nn.init.zeros_(self.project.bias)
 
     def forward(self, triplets):
-        return self.project(self.encoder(self.embed(triplets)))
-
-    @torch.no_grad()
-    def start_as_identity(self, length=30.0):
-        """Ours, for large rates: a random transformer soon sends all queries to one place."""
-        # A layer adds what its two branches make. Their last weights become 0, so it adds nothing.
-        for layer in self.encoder.layers:
-            for weight in (*layer.self_attn.out_proj.parameters(), *layer.linear2.parameters()):
-                weight.zero_()
-
-        # What is left are layer norms: they subtract a token's mean, divide by its deviation. We
-        # embed along directions of mean 0, so nothing is subtracted. Along one more direction goes
-        # a constant so long that the deviation is nearly length / sqrt(d_t); `project` undoes it.
-        d_t, d = self.embed.weight.shape
-        random = torch.randn(d_t, d + 1)
-        directions = torch.linalg.qr(random - random.mean(0))[0]  # (d_t, d + 1), orthonormal
-        self.embed.weight.copy_(directions[:, :d])
-        self.embed.bias.copy_(directions[:, d] * length)
-        self.project.weight.copy_(directions[:, :d].T * length / d_t ** 0.5)
-        self.project.bias.zero_()
+        refined = self.project(self.encoder(self.embed(triplets)))
+        return triplets + refined if self.residual else refined
 
 class Latents(NamedTuple):
     """The output of Algorithm 1: K objects in each of n images."""
@@ -301,7 +297,7 @@ class Latents(NamedTuple):
 
 # --- 4.1 Model architecture: glimpses, spatial transformer, compositing (Algorithm 2) -----------
 def norm_celu(c):  # Table 2: one group for each 16 channels, at least one
-    return nn.Sequential(nn.GroupNorm(max(1, c // 16), c), nn.CELU())
+    return nn.Sequential(nn.GroupNorm(max(1, c // 16), c), nn.CELU(inplace=True))
 
 class GlimpseGenerator(nn.Sequential):
     """z_what (m, d), m = n K -> glimpses (m, 4, size, size) in [0, 1]: colours o_k, mask m_k."""
@@ -363,13 +359,12 @@ class BackgroundBlock(nn.Sequential):
         h, w = x.shape[-2:]
         position = coordinates(h, w, x)[None] / 2 if h > 1 else x.new_ones(1, 2, 1, 1)
         conv, *rest = self
-        weight_x, weight_position = conv.weight.split([x.shape[1], 2], 0 if conv.transposed else 1)
 
-        def convolve(x, weight):
-            return torch.convolution(x, weight, None, conv.stride, conv.padding, conv.dilation,
-                                     conv.transposed, conv.output_padding, 1)
-        # A convolution of both is the sum of one of each; that of the positions serves the batch.
-        x = convolve(x, weight_x) + convolve(position, weight_position)
+        # A convolution of both is the sum of one of each; that of positions serves all the batch.
+        weights = conv.weight.split([x.shape[1], 2], 0 if conv.transposed else 1)
+        x, position = (functional_call(conv, {"weight": weight}, value)
+                       for weight, value in zip(weights, (x, position)))
+        x = x + position
         for layer in rest:
             x = layer(x)
         return x
@@ -377,7 +372,7 @@ class BackgroundBlock(nn.Sequential):
 class Background(nn.Sequential):
     """Autoencoder: images (n, 3, size, size) -> (n, 4, size, size) in [0, 1], the background
     without objects and the error expected in it. Its code, 16 numbers, has no room for objects."""
-    def __init__(self, kind, size):
+    def __init__(self, kind, size, precision="float32"):
         e, g = BACKGROUNDS[kind, size]
         encoder, generator = nn.Sequential(), nn.Sequential()
         # Kernel, stride, padding and output padding: 128 -> 64 -> ... -> 4, then 4 -> 2 and 2 -> 1
@@ -388,6 +383,15 @@ class Background(nn.Sequential):
             encoder.append(BackgroundBlock(down, norm_celu(e[i + 1])))
             generator.insert(0, BackgroundBlock(up, norm_celu(g[i]) if i else nn.Sigmoid()))
         super().__init__(encoder, generator)
+        self.precision = precision
+
+    def forward(self, images):
+        encoder, generator = self
+        with autocast(self.precision, images):
+            x = encoder(255 * images)  # from 0 to 255, as in [38]: beside it positions weigh less
+            for block in generator[:-1]:
+                x = block(x)
+            return exactly(generator[-1], x)
 
 # --- 4.1 Model architecture: the whole model (Fig. 1) -------------------------------------------
 class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
@@ -415,7 +419,8 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         self.refine = Refinement(d_phi + 2, config) if config.layers else nn.Identity()
         glimpse_size = config.glimpse_size or config.size // 2
         self.glimpse_generator = GlimpseGenerator(config.d_z_what, glimpse_size)
-        self.background = Background(config.background, config.size)
+        background = Background(config.background, config.size, config.precision)
+        self.background = background.to(memory_format=torch.channels_last)  # as GPUs convolve best
 
         # At first alpha_0 = e^11 dwarfs each alpha_k, so w_k is about alpha_k M_k / alpha_0, which
         # no other query changes: each follows its own small gradient (Adam makes it large again),
@@ -425,8 +430,7 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
     def encode(self, images: Tensor) -> Latents:
         """Algorithm 1. images: (n, 3, h, w) in [0, 1]."""
         config = self.config
-        bfloat16 = images.is_cuda if config.precision == "auto" else config.precision == "bfloat16"
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+        with autocast(config.precision, images):
             maps = self.feature_maps(images)
         # maps: (n, K + d_phi, h*, w*), float32 again; a soft-argmax needs all its digits
         logits, features = maps.split([config.slots, maps.shape[1] - config.slots], 1)
@@ -558,10 +562,22 @@ def make_optimizer(model: ASTSeg, phase: int) -> torch.optim.Adam:
     learning = groups[1:] if phase == 2 else groups
     return torch.optim.Adam(learning, betas=betas, eps=model.config.adam_epsilon, fused=True)
 
+def average_gradients(model: ASTSeg, world: int):
+    """Of `world` processes, each with an equal share of the batch. DistributedDataParallel does not
+    fit: it wraps `forward`, but phase 1 calls a part of the model, and phase 2 leaves one out."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    total = torch.cat([gradient.flatten() for gradient in gradients])
+    with data.usable("Another process of this run", "see its message; the same command goes on"):
+        torch.distributed.all_reduce(total)
+    for gradient, part in zip(gradients, total.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient) / world)
+
 def train(config: Config, folder: Path, data_dir: str, device: torch.device):
     """Train in three phases, or go on where a run in `folder` stopped. What is random depends on
     (seed, step) alone, so that it ends in the same weights, bit for bit on a CPU; on a GPU the
     gradient of grid_sample adds in no fixed order. Raises UserError."""
+    rank = int(os.environ.get("RANK", 0))  # torchrun starts `world` processes and numbers them
+    world = int(os.environ.get("WORLD_SIZE", 1))
     saved = data.load_checkpoint(folder, asdict(config))
     total = config.background_steps + config.steps
     if saved["t"] == total:
@@ -569,16 +585,31 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
     scenes = data.load(config.dataset, "train", data_dir, config.limit, config.size)
     few = min(config.limit or 256, 256)
     val_scenes = data.load(config.dataset, "val", data_dir, few, config.size)
+    torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
     model = ASTSeg(config).to(device)
     if saved["t"]:
         model.load_state_dict(saved["model"])
     elif config.generator == "b3" and config.backbone != "random":
         model.feature_maps.load_backbone(config.backbone)
-    data.save_checkpoint(folder, saved)  # where the disk refuses, fail now and not after hours
+    if config.background_from and not saved["t"]:
+        file = Path(config.background_from, "background.pt")
+        with data.usable(file, "give a run past phase 1, of the same --background and --size"):
+            model.background.load_state_dict(torch.load(file, device, weights_only=True))
+    if config.compile:
+        model.feature_maps.compile()
+        model.background.compile()
+    if world > 1:
+        torch.distributed.init_process_group()  # all have read the checkpoint when it returns
+        if device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if rank == 0:  # it alone writes and shows; where the disk refuses, fail now, not after hours
+        data.save_checkpoint(folder, saved)
+        print(f"Training on {len(scenes.images)} {config.dataset} scenes of {config.size} x "
+              f"{config.size} pixels, on {device} with {torch.get_num_threads()} threads, "
+              f"into {folder}", flush=True)
     began = time.time() - saved["seconds"]  # as if there had been no interruption
-    print(f"Training on {len(scenes.images)} {config.dataset} scenes of {config.size} x {config.size} "
-          f"pixels, on {device} with {torch.get_num_threads()} threads, into {folder}", flush=True)
+    last_save = time.time()
 
     for phase, (first, last) in phase_bounds(config).items():
         start = max(first, saved["t"])
@@ -586,27 +617,33 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
             continue
 
         # Phase 1: the background learns. Phase 2: all else, in front of it, frozen. Phase 3: both.
+        model.train()
         model.background.requires_grad_(phase != 2)
         optimizer = make_optimizer(model, phase)
         if start > first:
             optimizer.load_state_dict(saved["optimizer"])
         batch_size = config.background_batch_size if phase == 1 else config.batch_size
-        batches = data.batches(scenes, batch_size, config.seed, start, last, device)
-        bar = tqdm(batches, f"phase {phase}", last - first, initial=start - first, unit="step")
+        share = slice(rank, None, world)
+        batches = data.batches(scenes, batch_size, config.seed, start, last, device, share)
+        bar = tqdm(batches, f"phase {phase}", last - first, initial=start - first, unit="step",
+                   disable=rank > 0)
 
         for t, images in enumerate(bar, start):
-            torch.manual_seed(config.seed * 1_000_003 + t)  # for the dropout
-            images = images.float() / 255  # (n, 3, h, w) in [0, 1]
+            torch.manual_seed((config.seed * 1_000_003 + t) * world + rank)  # for the dropout
+            images = images / 255  # (n, 3, h, w) in [0, 1]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, phase, t, group["name"])
 
-            model.train()
             model.zero_grad()  # before the forward pass, which old gradients would live through
             loss, losses = training_loss(model, images, phase, t)
             loss.backward()
+            if world > 1:
+                average_gradients(model, world)
             optimizer.step()
 
             done = t + 1
+            if rank > 0:
+                continue
             validate = done % config.validate_every == 0 or done == total
             if validate or done % config.log_every == 0:  # only here we wait for the device
                 line = {"t": done, "phase": phase, "lr": group["lr"]}  # background, then objects
@@ -624,19 +661,24 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
                 draw_segmentations(model, val_scenes, frame, f"phase {phase}, step {done}")
                 draw_curves(config, saved["log"], folder / "curves.png")
                 model.save_pretrained(folder / "model")
-            if done % config.checkpoint_every == 0 or done == last:
+                model.train()
+            if phase == 1 and done == last:
+                torch.save(model.background.state_dict(), folder / "background.pt")
+            if done == last or time.time() - last_save > 60 * config.checkpoint_minutes:
                 saved |= {"t": done, "seconds": time.time() - began, "model": model.state_dict(),
                           "optimizer": optimizer.state_dict()}
                 data.save_checkpoint(folder, saved)
+                last_save = time.time()
 
 # --- 5. Experimental results: metrics -----------------------------------------------------------
-def contingency(pred: Tensor, true: Tensor) -> Tensor:
+def contingency(pred: Tensor, true: Tensor, labels: int) -> Tensor:
     """What all metrics start from: counts of the pixels with each pair of labels. pred, true:
-    (n, h, w), from 0 on. Returns (n, m, m) float64, [image, predicted, true]."""
-    n, m = len(pred), int(max(pred.max(), true.max())) + 1
-    image = torch.arange(n, device=pred.device)[:, None]
+    (n, h, w), from 0 to labels - 1, or higher. Returns (n, m, m) float64, [image, pred, true]."""
+    m = max(labels, int(true.max()) + 1)
+    image = torch.arange(len(pred), device=pred.device)[:, None]
     pairs = (image * m + pred.long().flatten(1)) * m + true.long().flatten(1)
-    return torch.bincount(pairs.flatten(), minlength=n * m * m).view(n, m, m).cpu().double()
+    counts = torch.bincount(pairs.flatten(), minlength=len(pred) * m * m)
+    return counts.view(-1, m, m).cpu().double()
 
 def pairwise_iou(table: Tensor) -> Tensor:
     """(n, m, m): intersection over union of each predicted with each true segment, or 0."""
@@ -644,12 +686,15 @@ def pairwise_iou(table: Tensor) -> Tensor:
     return table / union.clamp_min(1)
 
 def mean_iou(table: Tensor) -> Tensor:
-    """mIoU: segments, the background's too, matched one to one for the largest sum of IoUs, over
-    the larger number of segments. Where IoUs are 0, [29] may count more pairs, and is lower."""
-    ious = pairwise_iou(table).numpy()
-    best = [iou[linear_sum_assignment(iou, maximize=True)].sum() for iou in ious]
-    segments = [(table.sum(side) > 0).sum(1) for side in (1, 2)]
-    return torch.tensor(best) / torch.maximum(*segments)
+    """mIoU [29]: segments, the background's and empty ones too, are matched one to one for the
+    largest sum of IoUs, divided by the number of pairs that are not both empty."""
+    scores = []
+    for counts, ious in zip(table, pairwise_iou(table)):
+        # Where IoUs are 0 several matchings are best. scipy's choice, of this transpose, is [29]'s.
+        true, pred = linear_sum_assignment(ious.T, maximize=True)
+        pairs = (counts.sum(0)[true] + counts.sum(1)[pred] > 0).sum()
+        scores.append(ious[pred, true].sum() / pairs)
+    return torch.stack(scores)
 
 def adjusted_rand_index(table: Tensor) -> Tensor:
     """ARI-FG: do pairs of pixels of true objects belong together in both? From -1 to 1: 0 by
@@ -678,6 +723,7 @@ METRICS = {  # of a contingency table (n, m, m): (n,), in [0, 1] but for ARI-FG
     "IoU": foreground_iou, "Dice": lambda table: 2 / (1 + 1 / foreground_iou(table))}
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def evaluate(model: ASTSeg, scenes: data.Scenes, device: torch.device) -> dict:
     """Each scene's scores, arrays (N,) by metric, in percent. The MSE is summed over pixels and
     channels [29], and the only score where labels are unknown. Leaves the model in eval mode."""
@@ -688,7 +734,7 @@ def evaluate(model: ASTSeg, scenes: data.Scenes, device: torch.device) -> dict:
         images = torch.from_numpy(np.array(scenes.images[i:i + 64])).to(device) / 255
         true = torch.from_numpy(np.array(scenes.labels[i:i + 64])).to(device)
         scene = model(images)
-        table = contingency(scene.weights.argmax(1), true)
+        table = contingency(scene.weights.argmax(1), true, model.config.slots + 1)
         for name, metric in metrics.items():
             scores[name].append(100 * metric(table))
         scores["MSE"].append((scene.image - images).square().flatten(1).sum(1).cpu().double())
@@ -706,7 +752,7 @@ UNETS = {  # widths from the first convolution to the centre; kernel, stride, pa
 
 def conv_block(c, c_out, kernel, stride, padding, conv=nn.Conv2d):
     conv = conv(c, c_out, kernel, stride, padding, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.CELU())
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.CELU(inplace=True))
 
 class Residual(nn.Sequential):
     def forward(self, x):
@@ -739,7 +785,7 @@ class UNet(nn.Module):
         x = torch.cat([self.centre(x), x], 1)
         for up in self.up:
             x = torch.cat([up(x), skips.pop()], 1)
-        return in_float32(self.classifier, self.last(x))
+        return exactly(self.classifier, self.last(x))
 
 def local_softmax(logits: Tensor, window: int) -> Tensor:
     """Not in this paper: softmax over window x window cells around the peak (keypoint prototypes).
@@ -757,6 +803,7 @@ def add_mask_noise(glimpses: Tensor, amount: float) -> Tensor:
 
 # --- The pictures of a run ----------------------------------------------------------------------
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def draw_segmentations(model: ASTSeg, scenes: data.Scenes, path: Path, title="input"):
     """Six scenes: where each object was found, its pixels, what comes out, and the truth. Segments
     have the colour of the true object with which mIoU matches them."""
@@ -765,9 +812,10 @@ def draw_segmentations(model: ASTSeg, scenes: data.Scenes, path: Path, title="in
     latents = model.eval().encode(images)
     scene = model.render(latents, model.background(images)[:, :3])
     pred = scene.weights.argmax(1).cpu()
+    labels = scene.weights.shape[1]
     titles = (title, "attention", "segments", "output", "background", "truth")
     figure, axes = plt.subplots(len(images), 6, figsize=(7.8, 8), squeeze=False)
-    for i, iou in enumerate(pairwise_iou(contingency(pred, true))):
+    for i, iou in enumerate(pairwise_iou(contingency(pred, true, labels))):
         iou[0, 0] = 2  # the background stays black
         colours = data.PALETTE[linear_sum_assignment(iou, maximize=True)[1]]
         visible = [k for k in range(1, len(colours)) if (pred[i] == k).any()]
@@ -810,7 +858,7 @@ class Options:
     small: bool = False  # a laptop's settings (SMALL), as for shapes
     data_dir: str = "datasets"  # where the files are, or are downloaded to
     out: str = ""  # folder of the run (default: runs/DATASET), or of the segments
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, mps ...
+    device: str = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     eval: bool = False  # only score the run, or each --model
     model: list[str] = field(default_factory=list)  # folders of runs, or hub names, to score
     split: Literal[data.SPLITS] = "test"  # what to score on
@@ -867,6 +915,8 @@ def main(arguments=None) -> int:
         run = options.out or run
         if not options.eval and not options.model:
             train(options.config, Path(run), options.data_dir, device)
+        if int(os.environ.get("RANK", 0)) > 0:  # one of several processes scores
+            return 0
         runs = {}
         for source in options.model or [run]:
             dataset, runs[source] = score(source, dataset, options, device)

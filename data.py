@@ -330,7 +330,7 @@ def fetch(url, file):
 # --- The table ---
 DEEPMIND = "https://storage.googleapis.com/multi-object-datasets"  # split as in GENESIS
 CLEVR = Dataset(
-    read_records, 10, False, "simple", 128, (240, 320), 192, (10_000, 10_000, 50_000),
+    read_records, 10, False, "simple", 128, (240, 320), 192, (10_000, 10_000, 80_000),
     "clevr_with_masks_train.tfrecords", f"{DEEPMIND}/clevr_with_masks", masks=11)
 CLEVRTEX = Dataset(  # as github.com/karazijal/clevrtex reads it
     read_folder, 10, True, "complex", 128, (240, 320), 192, (1, 1, 8), "clevrtex_full",
@@ -423,7 +423,7 @@ def load(name: str, split: str, data_dir="datasets", limit: int = 0, size: int =
     dataset = replace(DATASETS[name], size=size or DATASETS[name].size)
     cache = prepare(name, dataset, split, Path(data_dir), limit)
     with usable(f"The cache {cache}"):
-        scenes = np.memmap(cache, np.uint8, "r").reshape(-1, 4, dataset.size, dataset.size)
+        scenes = np.memmap(cache, np.uint8, "c").reshape(-1, 4, dataset.size, dataset.size)
     return Scenes(scenes[:, :3], scenes[:, 3])
 
 # --- Batches ---
@@ -440,14 +440,19 @@ def batch_indices(count, batch_size, seed, step):
     epoch, batch = divmod(step, count // batch_size)
     return epoch_order(count, seed, epoch)[batch * batch_size:(batch + 1) * batch_size]
 
-def batches(scenes: Scenes, batch_size: int, seed: int, start: int, stop: int, device):
-    """Yield the batches of steps start..stop - 1: (batch_size, 3, H, W) uint8 tensors on `device`.
-    A thread gathers them ahead of the training step."""
+def batches(scenes: Scenes, batch_size: int, seed: int, start: int, stop: int,
+            device: torch.device, share=slice(None)):
+    """Yield the batches of steps start..stop - 1: (batch_size, 3, H, W) uint8 tensors on `device`;
+    of each the `share` of this process. A thread gathers them ahead of the training step."""
     images = np.asarray(scenes.images)
+    if batch_size % (share.step or 1):
+        raise UserError(f"{share.step} processes cannot share batches of {batch_size} equally.")
+    if device.type == "cuda" and 4 * images.nbytes < torch.cuda.mem_get_info(device)[0]:
+        images = torch.from_numpy(images).to(device)  # then a batch is an index, without a copy
 
     def gather(step):
-        indices = batch_indices(len(images), batch_size, seed, step)
-        return torch.from_numpy(images[indices]).to(device)
+        indices = batch_indices(len(images), batch_size, seed, step)[share]
+        return torch.as_tensor(images[indices]).to(device)
     return prefetch(gather, range(start, stop), depth=4)
 
 # --- The files of a run: checkpoints, scores, images of one's own ---
@@ -470,7 +475,7 @@ def load_checkpoint(folder: Path, config: dict) -> dict:
             saved = torch.load(file, map_location="cpu", weights_only=True)
             theirs = dict(saved["config"])
         changed = [name for name, value in config.items()
-                   if theirs.get(name) != value and not name.endswith("_every")]
+                   if theirs.get(name) != value and not name.endswith(("_every", "_minutes"))]
         if changed and saved["t"]:
             raise UserError(f"{folder} is a run with other settings ({', '.join(changed)}); "
                             "repeat its flags, or choose another --out.")
