@@ -597,6 +597,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
         with data.usable(file, "give a run past phase 1, of the same --background and --size"):
             model.background.load_state_dict(torch.load(file, device, weights_only=True))
     if config.compile:
+        model.eval().segment(torch.zeros(1, 3, config.size, config.size, device=device))
         model.feature_maps.compile()
         model.background.compile()
     if world > 1:

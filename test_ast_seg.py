@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import struct
 import sys
@@ -904,6 +905,90 @@ def test_every_ablation_trains_and_is_scored(flags, tmp_path, arguments, monkeyp
     assert [line["phase"] for line in log] == phases.get(flags, [1, 2, 2, 3, 3])
     assert math.isfinite(log[-1]["reconstruction"]) and 0 < log[-1]["mIoU"] <= 100
 
+def test_phase_1_of_one_run_serves_others(finished, tmp_path, arguments, monkeypatch, no_pictures):
+    """They start with phase 2, from the background model as it was where phase 1 ended."""
+    training_loss = ast_seg.training_loss
+    background = torch.load(finished / "background.pt")
+    seen = []
+
+    def watched_loss(model, images, phase, t):
+        weights = model.background.state_dict()
+        seen.append((phase, all(torch.equal(weights[name], background[name]) for name in weights)))
+        return training_loss(model, images, phase, t)
+    monkeypatch.setattr(ast_seg, "training_loss", watched_loss)
+    options = arguments(tmp_path / "run", f"--background-from={finished}", "--seed=1")
+    assert ast_seg.main(options) == 0
+    assert seen[:9] == [(2, True)] * 8 + [(3, True)] and seen[-1] == (3, False)
+
+def test_checkpoints_come_by_the_clock_and_where_a_phase_ends(tmp_path, monkeypatch, no_pictures):
+    saved = []
+    monkeypatch.setattr(data, "save_checkpoint", lambda folder, state: saved.append(state["t"]))
+    monkeypatch.setattr(data, "load_checkpoint", lambda *_: dict(t=0, seconds=0.0, log=[]))
+    (tmp_path / "frames").mkdir()
+    train(tmp_path)
+    assert saved == [0, 6, 14, 18]
+    saved.clear()
+    train(tmp_path, checkpoint_minutes=0.0)
+    assert saved == [*range(19)]
+
+def test_feature_maps_and_background_compile_without_a_graph_break():
+    """And so they compute the same. The library prepares itself in a first call."""
+    model = ast_seg.ASTSeg(tiny(generator="tiny"))
+    images = torch.rand(2, 3, 64, 64)
+    scene = model.eval()(images)
+    for part in (model.feature_maps, model.background):
+        part.compile(fullgraph=True, backend="aot_eager")
+    for ours, truth in zip(model(images), scene):
+        close(ours, truth)
+
+PROCESS = """  # one of several; in float64, without batch norm and dropout, it notes its losses
+import os, sys, torch
+torch.set_default_dtype(torch.float64)
+torch.nn.BatchNorm2d = torch.nn.Identity
+import ast_seg
+training_loss = ast_seg.training_loss
+def noting_loss(model, images, phase, t):
+    if f"{t}" == os.environ.get("DIES_AT"):
+        os._exit(1)
+    loss, losses = training_loss(model, images, phase, t)
+    print("loss", t, loss.item(), flush=True)
+    return loss, losses
+ast_seg.training_loss = noting_loss
+ast_seg.draw_segmentations = ast_seg.draw_curves = lambda *_, **__: None
+sys.exit(ast_seg.main(sys.argv[1:]))
+"""
+
+def test_several_processes_do_what_one_does(tmp_path, arguments):
+    """Each takes its share of the batch, and they average their gradients. If one dies the others
+    end with a sentence, and any number of processes goes on."""
+    def run(folder, world, **last):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-c", PROCESS, *arguments(
+            folder, "--layers=0", "--mask-noise=0", "--background-steps=10", "--steps=20",
+            "--phase2-steps=10", "--limit=8", "--lr=1e-4")]
+        processes = []
+        for rank in range(world):
+            more = dict(RANK=f"{rank}", WORLD_SIZE=f"{world}", MASTER_ADDR="127.0.0.1",
+                        MASTER_PORT=f"{port}", OMP_NUM_THREADS="1")
+            more |= last if rank == world - 1 else {}
+            processes.append(subprocess.Popen(
+                command, env=os.environ | more, text=True, stdout=-1, stderr=-1,
+                cwd=Path(ast_seg.__file__).parent))
+        out, err = zip(*(process.communicate() for process in processes))
+        losses = [re.findall(r"^loss \d+ (.+)$", text, re.M) for text in out]
+        return np.array([*zip(*losses)], float).mean(1), [p.returncode for p in processes], err[0]
+
+    truth, codes, _ = run(tmp_path / "one", 1)
+    assert codes == [0] and len(truth) == 30
+    losses, codes, error = run(tmp_path / "two", 2, DIES_AT="25")
+    np.testing.assert_allclose(losses, truth[:25], rtol=1e-10)
+    assert codes == [2, 1] and "Another process of this run" in error.splitlines()[-1]
+    losses, codes, _ = run(tmp_path / "two", 1)
+    assert codes == [0]
+    np.testing.assert_allclose(losses, truth[20:], rtol=1e-8)
+
 # --- The program: scores, and the model as a file -----------------------------------------------
 @pytest.mark.parametrize("more, name", [
     ("--split=val --limit=3", "shapes-val-3"),
@@ -1019,6 +1104,7 @@ REFUSED = {  # what the answer names: what is asked for in the folder `mine`, on
     "checkpoint.pt is of no use": "--out=cut --out=foreign --out=code",
     "other settings (lr, entropy_weight)": "--out=run,--lr=0.5,--entropy-weight=7",
     "The model ": "--eval --model=nobody/none --model=bert --model=half --model=part",
+    "background.pt is of no use": "--background-from=thesis --background-from=RUN,--size=128",
     "The backbone ": "--generator=b3 --generator=b3,--backbone=vit",
     "no image in": "--segment,thesis,--model=RUN",
     "photos/text.png": "--segment,photos/text.png,--model=RUN",
