@@ -107,9 +107,9 @@ class Config:
         if self.curriculum == "frozen" or self.phase2_steps > self.steps:
             self.phase2_steps = self.steps
 
-        least = {"batch_size": 2, "log_alpha_0": -1e6, **dict.fromkeys((  # 2: for batch norm
-            "steps", "background_batch_size", "slots", "d_z_what", "d_t", "d_ff", "heads", "s_min",
-            "log_every", "validate_every"), 1)}
+        least = dict(  # 0 for all other numbers; batch norm needs 2 images
+            batch_size=2, background_batch_size=1, steps=1, slots=1, d_z_what=1, d_t=1, d_ff=1,
+            heads=1, s_min=1, log_every=1, validate_every=1, log_alpha_0=-1e6)
         for name, value in asdict(self).items():
             most = 1 if "beta" in name else 1e12
             if not isinstance(value, str) and not least.get(name, 0) <= value < most:
@@ -148,9 +148,8 @@ def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Conf
     if small:
         config = replace(config, **SMALL)
     if steps > 0:
-        for name in ("phase2_steps", "warmup_steps", "entropy_warmup_steps"):
+        for name in ("phase2_steps", "warmup_steps", "entropy_warmup_steps", "steps"):
             setattr(config, name, math.ceil(getattr(config, name) * steps / config.steps))
-        config.steps = steps
     return config
 
 # --- 2. Motivation for using attention maps and soft-argmax for object localization -------------
@@ -229,11 +228,11 @@ class Segformer(nn.Module):
 
     def load_backbone(self, source: str):
         """Take the backbone from a hub name or a folder; the decoder stays random (5.1)."""
-        from transformers import SegformerModel
+        backbone = self.net.segformer
         with data.usable(f"The backbone {source}", "check its name, or use --backbone random"):
-            pretrained, info = SegformerModel.from_pretrained(source, output_loading_info=True)
+            pretrained, info = type(backbone).from_pretrained(source, output_loading_info=True)
             assert not info["missing_keys"], "it lacks Segformer weights"
-            self.net.segformer.load_state_dict(pretrained.state_dict())
+            backbone.load_state_dict(pretrained.state_dict())
 
     def forward(self, images):
         # No ImageNet normalisation, as the authors. Levels: 1/4, 1/8, 1/16, 1/32 of the side.
@@ -241,13 +240,13 @@ class Segformer(nn.Module):
         projections, fuse, *rest, classifier = self.net.decode_head.children()
 
         # The library projects each level to d channels, enlarges it, and fuses all by a 1x1
-        # convolution. That is linear, so one product does it per level, and before enlarging:
-        # a twentieth of the multiplications, the same result.
+        # convolution. All this is linear, so one product for each level does the same before it
+        # is enlarged, with a twentieth of the multiplications.
         maps = 0
-        for level, projection, fusing in zip(levels, projections, reversed(fuse.weight.chunk(4, 1))):
-            fusing = fusing.flatten(1)  # (d, d)
-            weight, bias = fusing @ projection.proj.weight, fusing @ projection.proj.bias
-            fused = F.conv2d(level, weight[..., None, None], bias)
+        fusings = reversed(fuse.weight.flatten(1).chunk(4, 1))  # (d, d) for each level
+        for level, projection, fusing in zip(levels, projections, fusings):
+            weight = (fusing @ projection.proj.weight)[..., None, None]
+            fused = F.conv2d(level, weight, fusing @ projection.proj.bias)
             maps = maps + F.interpolate(fused, levels[0].shape[2:], mode="bilinear")
         for layer in rest:  # batch norm, ReLU, dropout
             maps = layer(maps)
@@ -358,16 +357,12 @@ class BackgroundBlock(nn.Sequential):
     def forward(self, x):
         h, w = x.shape[-2:]
         position = coordinates(h, w, x)[None] / 2 if h > 1 else x.new_ones(1, 2, 1, 1)
-        conv, *rest = self
+        conv, activation = self
 
         # A convolution of both is the sum of one of each; that of positions serves all the batch.
         weights = conv.weight.split([x.shape[1], 2], 0 if conv.transposed else 1)
-        x, position = (functional_call(conv, {"weight": weight}, value)
-                       for weight, value in zip(weights, (x, position)))
-        x = x + position
-        for layer in rest:
-            x = layer(x)
-        return x
+        x = functional_call(conv, {"weight": weights[0]}, x)
+        return activation(x + functional_call(conv, {"weight": weights[1]}, position))
 
 class Background(nn.Sequential):
     """Autoencoder: images (n, 3, size, size) -> (n, 4, size, size) in [0, 1], the background
@@ -388,10 +383,8 @@ class Background(nn.Sequential):
     def forward(self, images):
         encoder, generator = self
         with autocast(self.precision, images):
-            x = encoder(255 * images)  # from 0 to 255, as in [38]: beside it positions weigh less
-            for block in generator[:-1]:
-                x = block(x)
-            return exactly(generator[-1], x)
+            code = encoder(255 * images)  # from 0 to 255, as in [38]: positions weigh less beside
+            return exactly(generator[-1], generator[:-1](code))
 
 # --- 4.1 Model architecture: the whole model (Fig. 1) -------------------------------------------
 class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
@@ -540,12 +533,9 @@ def learning_rate(config: Config, phase: int, t: int, group: str) -> float:
 
     # Phases 2 and 3 have one schedule: a quadratic warm-up, then constant, at the end a tenth.
     step = t - config.background_steps
-    rate = config.lr * warmup(step, config.warmup_steps)
-    if group == "refine":
-        own_warmup = warmup(step, config.refine_warmup * config.steps)
-        rate = config.lr * own_warmup * config.refine_lr_factor
-    if group == "background":
-        rate *= config.background_lr_factor
+    steps = config.refine_warmup * config.steps if group == "refine" else config.warmup_steps
+    factors = {"background": config.background_lr_factor, "refine": config.refine_lr_factor}
+    rate = config.lr * warmup(step, steps) * factors.get(group, 1.0)
     if phase == 3:
         rate *= warmup(step - config.phase2_steps, config.phase3_warmup * config.steps)
     return rate * (0.1 if step >= config.lr_drop_at * config.steps else 1.0)
@@ -562,22 +552,23 @@ def make_optimizer(model: ASTSeg, phase: int) -> torch.optim.Adam:
     learning = groups[1:] if phase == 2 else groups
     return torch.optim.Adam(learning, betas=betas, eps=model.config.adam_epsilon, fused=True)
 
-def average_gradients(model: ASTSeg, world: int):
-    """Of `world` processes, each with an equal share of the batch. DistributedDataParallel does not
-    fit: it wraps `forward`, but phase 1 calls a part of the model, and phase 2 leaves one out."""
+RANK = int(os.environ.get("RANK", 0))  # torchrun starts WORLD processes and numbers them;
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # each takes an equal share of every batch
+
+def average_gradients(model: ASTSeg):
+    """Over all processes. DistributedDataParallel does not fit: it wraps `forward`, but phase 1
+    calls a part of the model, and phase 2 leaves one out."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     total = torch.cat([gradient.flatten() for gradient in gradients])
     with data.usable("Another process of this run", "see its message; the same command goes on"):
         torch.distributed.all_reduce(total)
     for gradient, part in zip(gradients, total.split([g.numel() for g in gradients])):
-        gradient.copy_(part.view_as(gradient) / world)
+        gradient.copy_(part.view_as(gradient) / WORLD)
 
 def train(config: Config, folder: Path, data_dir: str, device: torch.device):
-    """Train in three phases, or go on where a run in `folder` stopped. What is random depends on
-    (seed, step) alone, so that it ends in the same weights, bit for bit on a CPU; on a GPU the
-    gradient of grid_sample adds in no fixed order. Raises UserError."""
-    rank = int(os.environ.get("RANK", 0))  # torchrun starts `world` processes and numbers them
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    """Train in three phases, or go on where the run in `folder` stopped: to the same weights, bit
+    for bit on a CPU, since all that is random depends on (seed, step) alone. On a GPU the gradient
+    of grid_sample is a sum in no fixed order. Raises UserError."""
     saved = data.load_checkpoint(folder, asdict(config))
     total = config.background_steps + config.steps
     if saved["t"] == total:
@@ -600,17 +591,16 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
         model.eval().segment(torch.zeros(1, 3, config.size, config.size, device=device))
         model.feature_maps.compile()
         model.background.compile()
-    if world > 1:
+    if WORLD > 1:
         torch.distributed.init_process_group()  # all have read the checkpoint when it returns
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if rank == 0:  # it alone writes and shows; where the disk refuses, fail now, not after hours
+    if RANK == 0:  # it alone writes and shows; where the disk refuses, fail now, not after hours
         data.save_checkpoint(folder, saved)
         print(f"Training on {len(scenes.images)} {config.dataset} scenes of {config.size} x "
               f"{config.size} pixels, on {device} with {torch.get_num_threads()} threads, "
               f"into {folder}", flush=True)
     began = time.time() - saved["seconds"]  # as if there had been no interruption
-    last_save = time.time()
 
     for phase, (first, last) in phase_bounds(config).items():
         start = max(first, saved["t"])
@@ -624,26 +614,25 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
         if start > first:
             optimizer.load_state_dict(saved["optimizer"])
         batch_size = config.background_batch_size if phase == 1 else config.batch_size
-        share = slice(rank, None, world)
-        batches = data.batches(scenes, batch_size, config.seed, start, last, device, share)
+        batches = data.batches(scenes, batch_size, config.seed, start, last, device,
+                               share=slice(RANK, None, WORLD))
         bar = tqdm(batches, f"phase {phase}", last - first, initial=start - first, unit="step",
-                   disable=rank > 0)
+                   disable=RANK > 0)
 
         for t, images in enumerate(bar, start):
-            torch.manual_seed((config.seed * 1_000_003 + t) * world + rank)  # for the dropout
-            images = images / 255  # (n, 3, h, w) in [0, 1]
+            torch.manual_seed((config.seed * 1_000_003 + t) * WORLD + RANK)  # for the dropout
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, phase, t, group["name"])
 
             model.zero_grad()  # before the forward pass, which old gradients would live through
-            loss, losses = training_loss(model, images, phase, t)
+            loss, losses = training_loss(model, images / 255, phase, t)
             loss.backward()
-            if world > 1:
-                average_gradients(model, world)
+            if WORLD > 1:
+                average_gradients(model)
             optimizer.step()
 
             done = t + 1
-            if rank > 0:
+            if RANK > 0:
                 continue
             validate = done % config.validate_every == 0 or done == total
             if validate or done % config.log_every == 0:  # only here we wait for the device
@@ -665,11 +654,11 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
                 model.train()
             if phase == 1 and done == last:
                 torch.save(model.background.state_dict(), folder / "background.pt")
-            if done == last or time.time() - last_save > 60 * config.checkpoint_minutes:
-                saved |= {"t": done, "seconds": time.time() - began, "model": model.state_dict(),
+            seconds = time.time() - began
+            if done == last or seconds - saved["seconds"] > 60 * config.checkpoint_minutes:
+                saved |= {"t": done, "seconds": seconds, "model": model.state_dict(),
                           "optimizer": optimizer.state_dict()}
                 data.save_checkpoint(folder, saved)
-                last_save = time.time()
 
 # --- 5. Experimental results: metrics -----------------------------------------------------------
 def contingency(pred: Tensor, true: Tensor, labels: int) -> Tensor:
@@ -691,7 +680,7 @@ def mean_iou(table: Tensor) -> Tensor:
     largest sum of IoUs, divided by the number of pairs that are not both empty."""
     scores = []
     for counts, ious in zip(table, pairwise_iou(table)):
-        # Where IoUs are 0 several matchings are best. scipy's choice, of this transpose, is [29]'s.
+        # Where IoUs are 0 several matchings are best. [29] takes scipy's, of this transpose.
         true, pred = linear_sum_assignment(ious.T, maximize=True)
         pairs = (counts.sum(0)[true] + counts.sum(1)[pred] > 0).sum()
         scores.append(ious[pred, true].sum() / pairs)
@@ -732,8 +721,8 @@ def evaluate(model: ASTSeg, scenes: data.Scenes, device: torch.device) -> dict:
     metrics = METRICS if scenes.labels.any() else {}
     scores = {name: [] for name in (*metrics, "MSE")}
     for i in tqdm(range(0, len(scenes.images), 64), "evaluation", leave=False, unit="batch"):
-        images = torch.from_numpy(np.array(scenes.images[i:i + 64])).to(device) / 255
-        true = torch.from_numpy(np.array(scenes.labels[i:i + 64])).to(device)
+        images = torch.tensor(scenes.images[i:i + 64], device=device) / 255
+        true = torch.tensor(scenes.labels[i:i + 64], device=device)
         scene = model(images)
         table = contingency(scene.weights.argmax(1), true, model.config.slots + 1)
         for name, metric in metrics.items():
@@ -806,29 +795,28 @@ def add_mask_noise(glimpses: Tensor, amount: float) -> Tensor:
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def draw_segmentations(model: ASTSeg, scenes: data.Scenes, path: Path, title="input"):
-    """Six scenes: where each object was found, its pixels, what comes out, and the truth. Segments
+    """Six scenes: where objects were found, their pixels, what comes out, and the truth. Segments
     have the colour of the true object with which mIoU matches them."""
-    images = torch.from_numpy(np.array(scenes.images[:6])).to(model.log_alpha_0.device) / 255
-    true = torch.from_numpy(np.array(scenes.labels[:6]))
+    images = torch.tensor(scenes.images[:6], device=model.log_alpha_0.device) / 255
+    true = torch.tensor(scenes.labels[:6])
     latents = model.eval().encode(images)
     scene = model.render(latents, model.background(images)[:, :3])
     pred = scene.weights.argmax(1).cpu()
-    labels = scene.weights.shape[1]
-    titles = (title, "attention", "segments", "output", "background", "truth")
+    ious = pairwise_iou(contingency(pred, true, scene.weights.shape[1]))
+    ious[:, 0, 0] = 2  # the background stays black
     figure, axes = plt.subplots(len(images), 6, figsize=(7.8, 8), squeeze=False)
-    for i, iou in enumerate(pairwise_iou(contingency(pred, true, labels))):
-        iou[0, 0] = 2  # the background stays black
-        colours = data.PALETTE[linear_sum_assignment(iou, maximize=True)[1]]
-        visible = [k for k in range(1, len(colours)) if (pred[i] == k).any()]
-        maps = latents.attention[i, [k - 1 for k in visible] or [0]]
-        attention = (maps / maps.amax((1, 2), keepdim=True)).amax(0)
-        pictures = (images[i], attention, colours[pred[i]], scene.image[i], scene.layers[i, 0],
-                    data.PALETTE[true[i]])
-        for axis, picture, column in zip(axes[i], pictures, titles):
-            data.show(axis, picture, "" if i else column)
-        for k in visible:
-            place = (latents.x[i, k - 1].item(), latents.y[i, k - 1].item())
-            axes[i, 1].add_patch(plt.Circle(place, 0.12, fill=False, color=colours[k], lw=1.5))
+    for i, row in enumerate(axes):
+        colours = data.PALETTE[linear_sum_assignment(ious[i], maximize=True)[1]]
+        seen = pred[i][pred[i] > 0].unique() - 1  # the queries that have pixels
+        maps = latents.attention[i].cpu()[seen]
+        attention = (maps / maps.amax((1, 2), keepdim=True)).sum(0)
+        columns = {title: images[i], "attention": attention, "segments": colours[pred[i]],
+                   "output": scene.image[i], "background": scene.layers[i, 0],
+                   "truth": data.PALETTE[true[i]]}
+        for axis, (name, picture) in zip(row, columns.items()):
+            data.show(axis, picture, "" if i else name)
+        places = torch.stack([latents.x[i], latents.y[i]]).cpu()[:, seen]
+        row[1].scatter(*places, 120, facecolors="none", edgecolors=colours[seen + 1])
     figure.subplots_adjust(0, 0, 1, 0.97, 0.03, 0.03)
     figure.savefig(path)
     plt.close(figure)
@@ -836,17 +824,17 @@ def draw_segmentations(model: ASTSeg, scenes: data.Scenes, path: Path, title="in
 def draw_curves(config: Config, log: list, path: Path):
     """Losses and validation scores over the steps of a run. log: the lines of log.jsonl."""
     figure, axes = plt.subplots(2, 1, figsize=(9, 6), sharex=True)
-    axes[0].set(title="phases 1, 2 and 3, from white to dark", ylabel="loss", yscale="log")
+    drop = config.background_steps + config.lr_drop_at * config.steps
     panels = (("background", "reconstruction", "entropy"), ("mIoU", "ARI-FG", "MSC-FG"))
-    for axis, names, corner in zip(axes, panels, ("upper right", "lower right")):
+    for axis, names in zip(axes, panels):
         for name in names:
             points = [(line["t"], line[name]) for line in log if name in line]
             axis.plot(*np.reshape(points, (-1, 2)).T, ".-", ms=3, lw=1, label=name)
         for phase, (first, last) in phase_bounds(config).items():
             axis.axvspan(first, last, color="gray", alpha=0.1 * (phase - 1), lw=0)
-        drop = config.background_steps + config.lr_drop_at * config.steps
         axis.axvline(drop, color="gray", ls=":", label="rate / 10")
-        axis.legend(loc=corner)
+        axis.legend()
+    axes[0].set(title="phases 1, 2 and 3, from white to dark", ylabel="loss", yscale="log")
     axes[1].set(ylabel="validation score (%)", xlabel="step", ylim=(0, 100))
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
