@@ -33,7 +33,6 @@ from huggingface_hub import PyTorchModelHubMixin
 from matplotlib import pyplot as plt
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.func import functional_call
 from tqdm import tqdm
 
 import data
@@ -135,8 +134,7 @@ SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default
     residual=True,  # at such rates a random transformer sends all queries to one place,
     refine_lr_factor=0.1, refine_warmup=5 / 12,  # and so does one that learns before the maps
     phase3_warmup=1 / 36,  # the first step of a new Adam moves each weight by the full rate
-    background_lr_factor=0.3,  # at the full rate the background would draw objects itself
-    validate_every=200)
+    background_lr_factor=0.3, validate_every=200)  # at 1 the background draws objects itself
 
 def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Config:
     """The settings of a dataset as in the paper, or SMALL; with `steps`, their schedule scales."""
@@ -154,12 +152,10 @@ def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Conf
 
 # --- 2. Motivation for using attention maps and soft-argmax for object localization -------------
 # A translation by (u, v) moves an image phi, and a point of the plane:
-#
 #     T_uv(phi)(i, j) = phi(i - u, j - v)    and    T'_uv(i, j) = (i + u, j + v)    Eq. (1)
 #
-# A layer L makes a map, and should move it when its input moves, as convolutions do. A localizer M
-# makes a position, and should move that:
-#
+# When its input moves, the map that a layer L makes should move, as that of a convolution does,
+# and so should the position that a localizer M makes:
 #     L(T_uv phi) = T_uv L(phi)                                                     Eq. (2)
 #     M(T_uv phi) = T'_uv M(phi)                                                    Eq. (3)
 #
@@ -167,12 +163,10 @@ def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Conf
 # and let M be affine on them: M(sum_i a_i phi_i) = sum_i a_i M(phi_i) if the a_i sum to 1.
 #
 # Proposition 2.1. An affine M with Eq. 3 has the form, for some constant C,
-#
 #     M(phi) = C + sum_p phi(p) p                                                   Eq. (4)
 #
 # Proof. Let delta be the map with a 1 at the origin. Each map is a mixture of shifted deltas, with
 # weights phi(q) that sum to 1, so M may be applied to each of them, where Eq. 3 adds q:
-#
 #     phi = sum_q phi(q) delta(. - q)                                               Eq. (5)
 #     M(phi) = M(sum_q phi(q) delta(. - q))                                         Eq. (6)
 #            = sum_q phi(q) M(delta(. - q)) = sum_q phi(q) (M(delta) + q)           Eq. (7)
@@ -181,7 +175,6 @@ def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Conf
 #
 # This is Eq. 4 with C = M(delta). So, to locate an object, make a map that sums to 1 and take its
 # centre of mass. A softmax makes any map A sum to 1, and the two together are the soft-argmax:
-#
 #     soft-argmax(A) = sum_p softmax(A)(p) p                                        Eq. (10)
 
 def affine_localizer(phi: Tensor, C=0.0) -> Tensor:
@@ -237,20 +230,17 @@ class Segformer(nn.Module):
     def forward(self, images):
         # No ImageNet normalisation, as the authors. Levels: 1/4, 1/8, 1/16, 1/32 of the side.
         levels = self.net.segformer(images, output_hidden_states=True).hidden_states
-        projections, fuse, *rest, classifier = self.net.decode_head.children()
+        projections, fuse, norm, relu, dropout, classifier = self.net.decode_head.children()
 
-        # The library projects each level to d channels, enlarges it, and fuses all by a 1x1
-        # convolution. All this is linear, so one product for each level does the same before it
-        # is enlarged, with a twentieth of the multiplications.
+        # The library projects each level to d channels, enlarges it and fuses all. That is linear:
+        # one product per level, before it is enlarged, does the same with a twentieth of the work.
         maps = 0
         fusings = reversed(fuse.weight.flatten(1).chunk(4, 1))  # (d, d) for each level
         for level, projection, fusing in zip(levels, projections, fusings):
             weight = (fusing @ projection.proj.weight)[..., None, None]
             fused = F.conv2d(level, weight, fusing @ projection.proj.bias)
             maps = maps + F.interpolate(fused, levels[0].shape[2:], mode="bilinear")
-        for layer in rest:  # batch norm, ReLU, dropout
-            maps = layer(maps)
-        return exactly(classifier, maps)
+        return exactly(classifier, dropout(relu(norm(maps))))
 
 def coordinates(h: int, w: int, like: Tensor) -> Tensor:
     """Normalised coordinates of h x w cells, (2, h, w): x over columns, y over rows."""
@@ -259,17 +249,15 @@ def coordinates(h: int, w: int, like: Tensor) -> Tensor:
     return torch.stack([x.expand(h, w), y[:, None].expand(h, w)])
 
 def attend(attention: Tensor, features: Tensor) -> Tensor:
-    """What and where each query sees. attention: (n, K, h*, w*), maps that sum to 1. features:
-    Phi, (n, d, h*, w*). Returns triplets (phi_k^0, x_k^0, y_k^0) as one tensor, (n, K, d + 2)."""
+    """Maps (n, K, h*, w*) of sum 1, Phi (n, d, h*, w*) -> the triplets (phi_k^0, x_k^0, y_k^0)."""
     xy = coordinates(*features.shape[-2:], features).expand(len(features), -1, -1, -1)
     values = torch.cat([features, xy], 1)  # (n, d + 2, h*, w*)
     # Each map is a softmax, so the average of the coordinates *is* the soft-argmax of Eq. 10, in
     # half images from the middle. The features are averaged by the same weights.
-    return torch.einsum("nkhw,ndhw->nkd", attention, values)  # Eq. (14, 15, 16)
+    return torch.einsum("nkhw,ndhw->nkd", attention, values)  # (n, K, d + 2), Eq. (14, 15, 16)
 
 class Refinement(nn.Module):
-    """Transformer encoder over the triplets, (n, K, d) -> (n, K, d) with d = d_phi + 2: settles
-    redundancies and occlusions. Without positional encoding: queries have no order."""
+    """Transformer encoder over triplets (n, K, d), without positions, as queries have no order."""
     def __init__(self, d, config):
         super().__init__()
         self.embed = nn.Linear(d, config.d_t)
@@ -312,17 +300,15 @@ class GlimpseGenerator(nn.Sequential):
 def spatial_transformer(glimpses: Tensor, x: Tensor, y: Tensor, s: Tensor, h: int, w: int):
     """STN [24]: glimpses (m, c, g, g) -> (m, c, h, w), each at (x, y), 1/s times as large as the
     image, zeros around it. x, y: (m,) in [-1, 1]. s: (m, 1), or (m, 2) for (s_x, s_y)."""
-    # The matrix tells each pixel which point of the glimpse to show. Both reach from -1 to 1. Take
-    # x = 0.5, y = 0, s = 4: the pixel at (0.5, 0) shows the point (4 * 0.5 - 2, 0), the centre;
+    # The matrix tells each pixel which point of the glimpse to show; both reach from -1 to 1. With
+    # x = 0.5, y = 0, s = 4 the pixel at (0.5, 0) shows the point (4 * 0.5 - 2, 0), the centre, and
     # the pixel at (0.75, 0) shows (1, 0), the right edge. So it is 0.5 wide, 1/4 of the image.
     s_x, s_y = s[:, 0], s[:, -1]
     zero = torch.zeros_like(x)
     theta = torch.stack([
         s_x, zero, -s_x * x,
         zero, s_y, -s_y * y], -1).view(-1, 2, 3)
-
-    # Eq. 12 puts -1 and 1 at the centres of a map's outer cells; `align_corners=False` puts them
-    # at the border of the image, half a cell further out. We follow the authors.
+    # -1 and 1 are the image's borders, as in the authors' program; in Eq. 12, centres of cells.
     grid = F.affine_grid(theta, (*glimpses.shape[:2], h, w), align_corners=False)
     return F.grid_sample(glimpses, grid, align_corners=False)
 
@@ -332,10 +318,10 @@ def layer_weights(masks: Tensor, log_alpha: Tensor, log_alpha_0: Tensor) -> Tens
     # This is the softmax of log alpha_k + log M_k, which no alpha can overflow. Where M_k is 0 the
     # logit is -inf, and log 1 is computed instead: the gradient of log 0, even times 0, is NaN.
     inside = masks > 0
-    log_masks = torch.where(inside, masks, 1.0).log()
-    logits = torch.where(inside, log_alpha[..., None, None] + log_masks, -math.inf)
+    logits = log_alpha[..., None, None] + masks.where(inside, 1.0).log()
     background_logit = log_alpha_0.expand(len(masks), 1, *masks.shape[-2:])
-    return torch.cat([background_logit, logits], 1).softmax(1)  # Eq. (17)
+    logits = torch.cat([background_logit, logits.where(inside, -math.inf)], 1)
+    return logits.softmax(1)  # Eq. (17)
 
 class Scene(NamedTuple):
     """The output of Algorithm 2. Layer 0 is the background."""
@@ -344,7 +330,7 @@ class Scene(NamedTuple):
     layers: Tensor  # (n, K + 1, 3, h, w), L_k
 
 # --- 4.1 Model architecture: the background model of reference [38] -----------------------------
-BACKGROUNDS = {  # (kind, image side): channels from image to code, of encoder and generator
+BACKGROUNDS = {  # (kind, side): channels of encoder and generator, image first; AST's, not [38]'s
     ("simple", 64): ((3, 64, 160, 320, 160, 32, 16), (4, 144, 256, 512, 256, 32, 16)),
     ("simple", 128): ((3, 64, 160, 320, 160, 160, 32, 16), (4, 144, 256, 512, 256, 256, 32, 16)),
     ("complex", 64): ((3, 64, 160, 320, 160, 16, 16), (4, 144, 640, 1280, 640, 16, 16)),
@@ -361,8 +347,8 @@ class BackgroundBlock(nn.Sequential):
 
         # A convolution of both is the sum of one of each; that of positions serves all the batch.
         weights = conv.weight.split([x.shape[1], 2], 0 if conv.transposed else 1)
-        x = functional_call(conv, {"weight": weights[0]}, x)
-        return activation(x + functional_call(conv, {"weight": weights[1]}, position))
+        x = torch.func.functional_call(conv, {"weight": weights[0]}, x)
+        return activation(x + torch.func.functional_call(conv, {"weight": weights[1]}, position))
 
 class Background(nn.Sequential):
     """Autoencoder: images (n, 3, size, size) -> (n, 4, size, size) in [0, 1], the background
@@ -383,7 +369,7 @@ class Background(nn.Sequential):
     def forward(self, images):
         encoder, generator = self
         with autocast(self.precision, images):
-            code = encoder(255 * images)  # from 0 to 255, as in [38]: positions weigh less beside
+            code = encoder(255 * images)  # from 0 to 255, as in [38]; so positions weigh less
             return exactly(generator[-1], generator[:-1](code))
 
 # --- 4.1 Model architecture: the whole model (Fig. 1) -------------------------------------------
@@ -421,7 +407,7 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         self.log_alpha_0 = nn.Parameter(torch.tensor(float(config.log_alpha_0)))
 
     def encode(self, images: Tensor) -> Latents:
-        """Algorithm 1. images: (n, 3, h, w) in [0, 1]."""
+        """Algorithm 1. images: (n, 3, h, w) in [0, 1], RGB; the authors read CLEVR's as BGR."""
         config = self.config
         with autocast(config.precision, images):
             maps = self.feature_maps(images)
@@ -463,17 +449,15 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
 
     @torch.no_grad()
     def segment(self, images: Tensor, h: int = 0, w: int = 0) -> Tensor:
-        """images (n, 3, size, size) in [0, 1] -> labels (n, h, w), by default of that size: the
-        layer of largest weight in each pixel, 0 for the background."""
+        """images (n, 3, size, size) -> labels (n, h or size, w or size): layers of most weight."""
         latents = self.encode(images)
         _, masks = self.draw(latents, h or images.shape[2], w or images.shape[3])
         return layer_weights(masks, latents.log_alpha, self.log_alpha_0).argmax(1)
 
 # --- 4.2.1 Loss function ------------------------------------------------------------------------
 def background_loss(output: Tensor, image: Tensor, robustness: float = 1.0) -> Tensor:
-    """The robust loss of [38] for phase 1: what is badly rebuilt must be an object, and hardly
-    counts. output: (n, 4, h, w), colours and expected error. image: (n, 3, h, w) in [0, 1].
-    robustness: 1 in [38]; ours may grow from 0, since at first everything is badly rebuilt."""
+    """Loss of [38]: what is badly rebuilt must be an object, and hardly counts. But at first all
+    is, so `robustness`, there 1, may grow from 0. output: (n, 4, h, w), RGB and expected error."""
     beta = 3 / 255
     radius = image.shape[-1] // 75
 
@@ -488,11 +472,6 @@ def background_loss(output: Tensor, image: Tensor, robustness: float = 1.0) -> T
     # exp: weights from 1 for the background down to e^-6 = 0.0025 for objects.
     weight = (-6 * robustness * mask).exp()
     return (weight * (error + robustness * noise)).mean()
-
-def reconstruction_loss(image_hat: Tensor, image: Tensor) -> Tensor:
-    """Mean over pixels of the square of a pixel's L1 error. Both images: (n, 3, h, w)."""
-    local_error = (image_hat - image).abs().sum(1)  # Eq. (19)
-    return local_error.square().mean()  # Eq. (20)
 
 def pixel_entropy_loss(weights: Tensor) -> Tensor:
     """Mean over pixels of the squared entropy of w, (n, K + 1, h, w): 0 where one layer takes all.
@@ -512,7 +491,8 @@ def training_loss(model: ASTSeg, images: Tensor, phase: int, t: int) -> tuple[Te
         return loss, {"background": loss}
 
     scene = model(images)
-    reconstruction = reconstruction_loss(scene.image, images)
+    local_error = (scene.image - images).abs().sum(1)  # (n, h, w), Eq. (19)
+    reconstruction = local_error.square().mean()  # Eq. (20)
     entropy = pixel_entropy_loss(scene.weights)
     step = t - config.background_steps  # the paper counts from the start of phase 2
     weight = warmup(step, config.entropy_warmup_steps) * config.entropy_weight
@@ -554,10 +534,10 @@ def make_optimizer(model: ASTSeg, phase: int) -> torch.optim.Adam:
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun starts WORLD processes and numbers them;
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # each takes an equal share of every batch
+DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 def average_gradients(model: ASTSeg):
-    """Over all processes. DistributedDataParallel does not fit: it wraps `forward`, but phase 1
-    calls a part of the model, and phase 2 leaves one out."""
+    """Over all processes. DistributedDataParallel needs `forward`, which phase 1 does not call."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     total = torch.cat([gradient.flatten() for gradient in gradients])
     with data.usable("Another process of this run", "see its message; the same command goes on"):
@@ -566,9 +546,8 @@ def average_gradients(model: ASTSeg):
         gradient.copy_(part.view_as(gradient) / WORLD)
 
 def train(config: Config, folder: Path, data_dir: str, device: torch.device):
-    """Train in three phases, or go on where the run in `folder` stopped: to the same weights, bit
-    for bit on a CPU, since all that is random depends on (seed, step) alone. On a GPU the gradient
-    of grid_sample is a sum in no fixed order. Raises UserError."""
+    """Train in three phases, or go on where the run in `folder` stopped, to the same weights: all
+    that is random depends on (seed, step), but for the gradient of grid_sample on a GPU."""
     saved = data.load_checkpoint(folder, asdict(config))
     total = config.background_steps + config.steps
     if saved["t"] == total:
@@ -576,6 +555,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
     scenes = data.load(config.dataset, "train", data_dir, config.limit, config.size)
     few = min(config.limit or 256, 256)
     val_scenes = data.load(config.dataset, "val", data_dir, few, config.size)
+
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
     model = ASTSeg(config).to(device)
@@ -607,7 +587,8 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
         if start >= last:
             continue
 
-        # Phase 1: the background learns. Phase 2: all else, in front of it, frozen. Phase 3: both.
+        # Phase 1: the background learns. Phase 2: all else, while it is frozen; the authors read
+        # it from 8-bit images then. Phase 3: both.
         model.train()
         model.background.requires_grad_(phase != 2)
         optimizer = make_optimizer(model, phase)
@@ -662,12 +643,10 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
 
 # --- 5. Experimental results: metrics -----------------------------------------------------------
 def contingency(pred: Tensor, true: Tensor, labels: int) -> Tensor:
-    """What all metrics start from: counts of the pixels with each pair of labels. pred, true:
-    (n, h, w), from 0 to labels - 1, or higher. Returns (n, m, m) float64, [image, pred, true]."""
+    """Labels (n, h, w) -> pixels of each [image, pred, true], (n, m, m), where m >= labels."""
     m = max(labels, int(true.max()) + 1)
-    image = torch.arange(len(pred), device=pred.device)[:, None]
-    pairs = (image * m + pred.long().flatten(1)) * m + true.long().flatten(1)
-    counts = torch.bincount(pairs.flatten(), minlength=len(pred) * m * m)
+    pairs = (m * pred.long() + true.long()).flatten(1)  # (n, h w)
+    counts = torch.stack([row.bincount(minlength=m * m) for row in pairs])
     return counts.view(-1, m, m).cpu().double()
 
 def pairwise_iou(table: Tensor) -> Tensor:
@@ -680,15 +659,14 @@ def mean_iou(table: Tensor) -> Tensor:
     largest sum of IoUs, divided by the number of pairs that are not both empty."""
     scores = []
     for counts, ious in zip(table, pairwise_iou(table)):
-        # Where IoUs are 0 several matchings are best. [29] takes scipy's, of this transpose.
+        # Where IoUs are 0, several matchings are best; [29] takes scipy's for the transpose.
         true, pred = linear_sum_assignment(ious.T, maximize=True)
         pairs = (counts.sum(0)[true] + counts.sum(1)[pred] > 0).sum()
         scores.append(ious[pred, true].sum() / pairs)
     return torch.stack(scores)
 
 def adjusted_rand_index(table: Tensor) -> Tensor:
-    """ARI-FG: do pairs of pixels of true objects belong together in both? From -1 to 1: 0 by
-    chance, 1 if always, or where there is nothing to tell apart."""
+    """ARI-FG: do both join the same pairs of objects' pixels? 1 if always, 0 as if by chance."""
     def pairs(count):
         return (count * (count - 1) / 2).flatten(1).sum(1)
     table = table[:, :, 1:]  # without the true background
@@ -715,10 +693,9 @@ METRICS = {  # of a contingency table (n, m, m): (n,), in [0, 1] but for ARI-FG
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def evaluate(model: ASTSeg, scenes: data.Scenes, device: torch.device) -> dict:
-    """Each scene's scores, arrays (N,) by metric, in percent. The MSE is summed over pixels and
-    channels [29], and the only score where labels are unknown. Leaves the model in eval mode."""
+    """Scores of each scene, (N,) by metric, in percent; the MSE sums pixels and channels [29]."""
     model.eval()
-    metrics = METRICS if scenes.labels.any() else {}
+    metrics = METRICS if scenes.labels.any() else {}  # labels of 0 alone are unknown ones
     scores = {name: [] for name in (*metrics, "MSE")}
     for i in tqdm(range(0, len(scenes.images), 64), "evaluation", leave=False, unit="batch"):
         images = torch.tensor(scenes.images[i:i + 64], device=device) / 255
@@ -761,10 +738,9 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(nn.Sequential(
             Residual(conv_block(2 * d, 2 * d, 3, 1, 1)),
             conv_block(2 * d, c, 4, 2, 1, nn.ConvTranspose2d)) for c, d in reversed(pairs))
-        self.last = nn.Sequential(
-            conv_block(2 * widths[0], channels, 3, 1, 1),
-            Residual(nn.Conv2d(channels, channels, 3, 1, 1)))
-        self.classifier = nn.Conv2d(channels, channels, 1)
+        self.last = nn.Sequential(conv_block(2 * widths[0], channels, 3, 1, 1),
+                                  Residual(nn.Conv2d(channels, channels, 3, 1, 1)))
+        self.classifier = nn.Conv2d(channels, channels, 1)  # the authors: no bias here and above
 
     def forward(self, images):
         x = self.first(images)
@@ -795,28 +771,26 @@ def add_mask_noise(glimpses: Tensor, amount: float) -> Tensor:
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def draw_segmentations(model: ASTSeg, scenes: data.Scenes, path: Path, title="input"):
-    """Six scenes: where objects were found, their pixels, what comes out, and the truth. Segments
-    have the colour of the true object with which mIoU matches them."""
+    """Six scenes. Segments have the colours of the true objects with which mIoU matches them."""
     images = torch.tensor(scenes.images[:6], device=model.log_alpha_0.device) / 255
     true = torch.tensor(scenes.labels[:6])
     latents = model.eval().encode(images)
     scene = model.render(latents, model.background(images)[:, :3])
     pred = scene.weights.argmax(1).cpu()
+    attention = latents.attention / latents.attention.amax((2, 3), keepdim=True)
+    places = torch.stack([latents.x, latents.y]).cpu()
     ious = pairwise_iou(contingency(pred, true, scene.weights.shape[1]))
     ious[:, 0, 0] = 2  # the background stays black
     figure, axes = plt.subplots(len(images), 6, figsize=(7.8, 8), squeeze=False)
     for i, row in enumerate(axes):
         colours = data.PALETTE[linear_sum_assignment(ious[i], maximize=True)[1]]
         seen = pred[i][pred[i] > 0].unique() - 1  # the queries that have pixels
-        maps = latents.attention[i].cpu()[seen]
-        attention = (maps / maps.amax((1, 2), keepdim=True)).sum(0)
-        columns = {title: images[i], "attention": attention, "segments": colours[pred[i]],
-                   "output": scene.image[i], "background": scene.layers[i, 0],
-                   "truth": data.PALETTE[true[i]]}
+        columns = {title: images[i], "attention": attention[i, seen].sum(0),
+                   "segments": colours[pred[i]], "output": scene.image[i],
+                   "background": scene.layers[i, 0], "truth": data.PALETTE[true[i]]}
         for axis, (name, picture) in zip(row, columns.items()):
             data.show(axis, picture, "" if i else name)
-        places = torch.stack([latents.x[i], latents.y[i]]).cpu()[:, seen]
-        row[1].scatter(*places, 120, facecolors="none", edgecolors=colours[seen + 1])
+        row[1].scatter(*places[:, i, seen], 120, facecolors="none", edgecolors=colours[seen + 1])
     figure.subplots_adjust(0, 0, 1, 0.97, 0.03, 0.03)
     figure.savefig(path)
     plt.close(figure)
@@ -847,7 +821,7 @@ class Options:
     small: bool = False  # a laptop's settings (SMALL), as for shapes
     data_dir: str = "datasets"  # where the files are, or are downloaded to
     out: str = ""  # folder of the run (default: runs/DATASET), or of the segments
-    device: str = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device: str = DEVICE  # where to compute: cpu, cuda, cuda:1
     eval: bool = False  # only score the run, or each --model
     model: list[str] = field(default_factory=list)  # folders of runs, or hub names, to score
     split: Literal[data.SPLITS] = "test"  # what to score on
@@ -871,23 +845,25 @@ def load_model(source, device: torch.device) -> ASTSeg:
     with data.usable(f"The model {source}", "train one, or give a run's folder or a hub name"):
         return ASTSeg.from_pretrained(folder, strict=True).to(device).eval()
 
-def score(source, dataset: str | None, options: Options, device: torch.device):
-    """Score a model; leave numbers and pictures in its folder. Returns dataset and mean scores."""
-    model = load_model(source, device)
-    dataset = dataset or model.config.dataset
-    scenes = data.load(dataset, options.split, options.data_dir, options.config.limit,
-                       model.config.size)
-    run = Path(source if Path(source).is_dir() else f"runs/{source}")
-    folder = run / f"{dataset}-{options.split}-{len(scenes.images)}"
-    print(f"Scoring {source} on {device}; numbers and pictures in {folder}", flush=True)
-    scores = evaluate(model, scenes, device)
-    means = {name: values.mean().item() for name, values in scores.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    results = {**means, "torch": torch.__version__, "config": asdict(model.config)}
-    (folder / "results.json").write_text(json.dumps(results))
-    np.savez(folder / "scores.npz", **scores)
-    draw_segmentations(model, scenes, folder / "segmentations.png")
-    return dataset, means
+def score(sources: list, dataset: str | None, options: Options, device: torch.device):
+    """Score models, leave numbers and pictures in their folders, and print the mean scores."""
+    means = {}
+    for source in sources:
+        model = load_model(source, device)
+        dataset = dataset or model.config.dataset
+        limit = options.config.limit
+        scenes = data.load(dataset, options.split, options.data_dir, limit, model.config.size)
+        run = Path(source if Path(source).is_dir() else f"runs/{source}")
+        folder = run / f"{dataset}-{options.split}-{len(scenes.images)}"
+        print(f"Scoring {source} on {device}; numbers and pictures in {folder}", flush=True)
+        scores = evaluate(model, scenes, device)
+        means[source] = {name: values.mean().item() for name, values in scores.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        results = {**means[source], "torch": torch.__version__, "config": asdict(model.config)}
+        (folder / "results.json").write_text(json.dumps(results))
+        np.savez(folder / "scores.npz", **scores)
+        draw_segmentations(model, scenes, folder / "segmentations.png")
+    data.print_scores(dataset, means)
 
 def main(arguments=None) -> int:
     """Returns the exit code: 0, 2 for what cannot be done, 130 if the user stopped it."""
@@ -904,12 +880,8 @@ def main(arguments=None) -> int:
         run = options.out or run
         if not options.eval and not options.model:
             train(options.config, Path(run), options.data_dir, device)
-        if int(os.environ.get("RANK", 0)) > 0:  # one of several processes scores
-            return 0
-        runs = {}
-        for source in options.model or [run]:
-            dataset, runs[source] = score(source, dataset, options, device)
-        data.print_scores(dataset, runs)
+        if RANK == 0:  # one of several processes scores
+            score(options.model or [run], dataset, options, device)
         return 0
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
