@@ -173,13 +173,12 @@ def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Conf
 #            = (sum_q phi(q)) M(delta) + sum_q phi(q) q                             Eq. (8)
 #            = M(delta) + sum_q phi(q) q                                            Eq. (9)
 #
-# This is Eq. 4 with C = M(delta). So, to locate an object, make a map that sums to 1 and take its
-# centre of mass. A softmax makes any map A sum to 1, and the two together are the soft-argmax:
+# This is Eq. 4 with C = M(delta). So take the centre of mass of a map that sums to 1 to locate an
+# object. A softmax makes any map A sum to 1, and the two together are the soft-argmax:
 #     soft-argmax(A) = sum_p softmax(A)(p) p                                        Eq. (10)
 
 def affine_localizer(phi: Tensor, C=0.0) -> Tensor:
-    """The only equivariant and affine way to locate, but for C. phi: (..., h, w), of sum 1 each.
-    Returns (..., 2): (x, y) in pixels, x along columns, y along rows, (0, 0) the first pixel."""
+    """phi (..., h, w), of sum 1 -> its centre of mass plus C, (..., 2): (x, y), counting pixels."""
     h, w = phi.shape[-2:]
     x = phi.sum(-2) @ torch.arange(w, dtype=phi.dtype, device=phi.device)
     y = phi.sum(-1) @ torch.arange(h, dtype=phi.dtype, device=phi.device)
@@ -252,8 +251,7 @@ def attend(attention: Tensor, features: Tensor) -> Tensor:
     """Maps (n, K, h*, w*) of sum 1, Phi (n, d, h*, w*) -> the triplets (phi_k^0, x_k^0, y_k^0)."""
     xy = coordinates(*features.shape[-2:], features).expand(len(features), -1, -1, -1)
     values = torch.cat([features, xy], 1)  # (n, d + 2, h*, w*)
-    # Each map is a softmax, so the average of the coordinates *is* the soft-argmax of Eq. 10, in
-    # half images from the middle. The features are averaged by the same weights.
+    # Of coordinates, this average *is* the soft-argmax of Eq. 10, in half images from the middle.
     return torch.einsum("nkhw,ndhw->nkd", attention, values)  # (n, K, d + 2), Eq. (14, 15, 16)
 
 class Refinement(nn.Module):
@@ -330,7 +328,7 @@ class Scene(NamedTuple):
     layers: Tensor  # (n, K + 1, 3, h, w), L_k
 
 # --- 4.1 Model architecture: the background model of reference [38] -----------------------------
-BACKGROUNDS = {  # (kind, side): channels of encoder and generator, image first; AST's, not [38]'s
+BACKGROUNDS = {  # (kind, side): encoder, generator, from image to code; as in AST, not in AE-NE
     ("simple", 64): ((3, 64, 160, 320, 160, 32, 16), (4, 144, 256, 512, 256, 32, 16)),
     ("simple", 128): ((3, 64, 160, 320, 160, 160, 32, 16), (4, 144, 256, 512, 256, 256, 32, 16)),
     ("complex", 64): ((3, 64, 160, 320, 160, 16, 16), (4, 144, 640, 1280, 640, 16, 16)),
@@ -344,7 +342,6 @@ class BackgroundBlock(nn.Sequential):
         h, w = x.shape[-2:]
         position = coordinates(h, w, x)[None] / 2 if h > 1 else x.new_ones(1, 2, 1, 1)
         conv, activation = self
-
         # A convolution of both is the sum of one of each; that of positions serves all the batch.
         weights = conv.weight.split([x.shape[1], 2], 0 if conv.transposed else 1)
         x = torch.func.functional_call(conv, {"weight": weights[0]}, x)
@@ -401,9 +398,8 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         background = Background(config.background, config.size, config.precision)
         self.background = background.to(memory_format=torch.channels_last)  # as GPUs convolve best
 
-        # At first alpha_0 = e^11 dwarfs each alpha_k, so w_k is about alpha_k M_k / alpha_0, which
-        # no other query changes: each follows its own small gradient (Adam makes it large again),
-        # and finds where and what to draw before it appears and has to compete.
+        # At first alpha_0 = e^11 dwarfs all alpha_k, so w_k is about alpha_k M_k / alpha_0: each
+        # query learns where and what to draw, by itself, before it appears and has to compete.
         self.log_alpha_0 = nn.Parameter(torch.tensor(float(config.log_alpha_0)))
 
     def encode(self, images: Tensor) -> Latents:
@@ -695,7 +691,7 @@ METRICS = {  # of a contingency table (n, m, m): (n,), in [0, 1] but for ARI-FG
 def evaluate(model: ASTSeg, scenes: data.Scenes, device: torch.device) -> dict:
     """Scores of each scene, (N,) by metric, in percent; the MSE sums pixels and channels [29]."""
     model.eval()
-    metrics = METRICS if scenes.labels.any() else {}  # labels of 0 alone are unknown ones
+    metrics = METRICS if scenes.labels.any() else {}  # 0 throughout: unknown
     scores = {name: [] for name in (*metrics, "MSE")}
     for i in tqdm(range(0, len(scenes.images), 64), "evaluation", leave=False, unit="batch"):
         images = torch.tensor(scenes.images[i:i + 64], device=device) / 255
