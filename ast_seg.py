@@ -178,7 +178,7 @@ def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Conf
 #     soft-argmax(A) = sum_p softmax(A)(p) p                                        Eq. (10)
 
 def affine_localizer(phi: Tensor, C=0.0) -> Tensor:
-    """phi (..., h, w), of sum 1 -> its centre of mass plus C, (..., 2): (x, y), counting pixels."""
+    """phi (..., h, w), of sum 1 -> its centre of mass + C, (..., 2): (x, y) in pixels."""
     h, w = phi.shape[-2:]
     x = phi.sum(-2) @ torch.arange(w, dtype=phi.dtype, device=phi.device)
     y = phi.sum(-1) @ torch.arange(h, dtype=phi.dtype, device=phi.device)
@@ -563,7 +563,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
         file = Path(config.background_from, "background.pt")
         with data.usable(file, "give a run past phase 1, of the same --background and --size"):
             model.background.load_state_dict(torch.load(file, device, weights_only=True))
-    if config.compile:
+    if config.compile:  # after a first call, in which the library of b3 prepares itself
         model.eval().segment(torch.zeros(1, 3, config.size, config.size, device=device))
         model.feature_maps.compile()
         model.background.compile()
@@ -583,10 +583,9 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
         if start >= last:
             continue
 
-        # Phase 1: the background learns. Phase 2: all else, while it is frozen; the authors read
-        # it from 8-bit images then. Phase 3: both.
+        # Phase 1: the background learns. 2: all else; the authors read 8-bit backgrounds. 3: both.
         model.train()
-        model.background.requires_grad_(phase != 2)
+        model.background.requires_grad_(phase != 2)  # frozen in phase 2
         optimizer = make_optimizer(model, phase)
         if start > first:
             optimizer.load_state_dict(saved["optimizer"])
