@@ -55,7 +55,7 @@ class Config:
     adam_epsilon: float = 1e-9  # Adam epsilon: tiny, as the first gradients are (see log_alpha_0)
     steps: int = 125_000  # steps of phases 2 and 3 together; their schedule scales with it
     phase2_steps: int = 30_000  # of these, steps of phase 2
-    warmup_steps: int = 5000  # quadratic warm-up of the rate (the transformer's: refine_warmup)
+    warmup_steps: int = 5000  # quadratic warm-up of the rate 
     entropy_warmup_steps: int = 10_000  # N_pixel, quadratic warm-up of lambda_pixel (Eq. 22)
     log_alpha_0: float = 11.0  # log of alpha_0, the background's activation before training
     d_z_what: int = 32  # numbers in z_what, an object's appearance
@@ -82,9 +82,8 @@ class Config:
     mask_noise: float = 0.0  # noise on the masks in training, instead of the entropy loss (0.4)
 
     # What SMALL needs to learn in minutes; these defaults leave the paper's training as it is
+    background_input: float = 255.0  # what its encoder sees for 1: beside 255, positions fade
     residual: bool = False  # let the transformer add to the triplets: it starts as the identity
-    refine_lr_factor: float = 1.0  # learning rate of the transformer, in units of lr
-    refine_warmup: float = 0.04  # its warm-up, as a share of the steps: 5000 of 125 000
     phase3_warmup: float = 0.0  # another warm-up at the start of phase 3, as a share of the steps
     background_lr_factor: float = 1.0  # learning rate of the background in phase 3, in units of lr
     robustness_warmup: float = 0.0  # share of phase 1 over which its loss becomes robust
@@ -126,13 +125,13 @@ SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default
     d_t=128, d_ff=256, layers=3, glimpse_size=16,  # enough for few objects in 64 x 64 pixels
     generator="unet-small",  # cheaper than a Segformer, and better without a pretrained backbone
     background="small", background_lr=5e-4, background_steps=800,  # enough for plain backdrops
+    background_input=1.0,  # with 255 ARI-FG was 2 and 4 points lower (two seeds)
     robustness_warmup=0.9,  # robust at once, so small a model would stay a constant grey
     lr=1e-3, warmup_steps=200, steps=3600, phase2_steps=2250,  # fewer and larger steps
     lr_drop_at=0.75,  # outlines become sharp only after the drop
     log_alpha_0=4.0, s_max=8.0,  # visible sooner, and first glimpses of 14 pixels instead of 5
     entropy_weight=5e-2, entropy_warmup_steps=2700,  # more, but later: early, queries fall asleep
-    residual=True,  # at such rates a random transformer sends all queries to one place,
-    refine_lr_factor=0.1, refine_warmup=5 / 12,  # and so does one that learns before the maps
+    residual=True,  # at such rates a random transformer sends all queries to one place
     phase3_warmup=1 / 36,  # the first step of a new Adam moves each weight by the full rate
     background_lr_factor=0.3, validate_every=200)  # at 1 the background draws objects itself
 
@@ -178,7 +177,8 @@ def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Conf
 #     soft-argmax(A) = sum_p softmax(A)(p) p                                        Eq. (10)
 
 def affine_localizer(phi: Tensor, C=0.0) -> Tensor:
-    """phi (..., h, w), of sum 1 -> its centre of mass + C, (..., 2): (x, y) in pixels."""
+    """The only equivariant and affine way to locate, but for C. phi: (..., h, w), of sum 1 each.
+    Returns (..., 2): (x, y) in pixels, x along columns, y along rows, (0, 0) the first pixel."""
     h, w = phi.shape[-2:]
     x = phi.sum(-2) @ torch.arange(w, dtype=phi.dtype, device=phi.device)
     y = phi.sum(-1) @ torch.arange(h, dtype=phi.dtype, device=phi.device)
@@ -248,10 +248,12 @@ def coordinates(h: int, w: int, like: Tensor) -> Tensor:
     return torch.stack([x.expand(h, w), y[:, None].expand(h, w)])
 
 def attend(attention: Tensor, features: Tensor) -> Tensor:
-    """Maps (n, K, h*, w*) of sum 1, Phi (n, d, h*, w*) -> the triplets (phi_k^0, x_k^0, y_k^0)."""
+    """What and where each query sees. attention: (n, K, h*, w*), maps that sum to 1. features:
+    Phi, (n, d, h*, w*). Returns triplets (phi_k^0, x_k^0, y_k^0) as one tensor, (n, K, d + 2)."""
     xy = coordinates(*features.shape[-2:], features).expand(len(features), -1, -1, -1)
     values = torch.cat([features, xy], 1)  # (n, d + 2, h*, w*)
-    # Of coordinates, this average *is* the soft-argmax of Eq. 10, in half images from the middle.
+    # Each map is a softmax, so the average of the coordinates *is* the soft-argmax of Eq. 10, in
+    # half images from the middle. The features are averaged by the same weights.
     return torch.einsum("nkhw,ndhw->nkd", attention, values)  # (n, K, d + 2), Eq. (14, 15, 16)
 
 class Refinement(nn.Module):
@@ -306,7 +308,8 @@ def spatial_transformer(glimpses: Tensor, x: Tensor, y: Tensor, s: Tensor, h: in
     theta = torch.stack([
         s_x, zero, -s_x * x,
         zero, s_y, -s_y * y], -1).view(-1, 2, 3)
-    # -1 and 1 are the image's borders, as in the authors' program; in Eq. 12, centres of cells.
+    # Eq. 12 puts -1 and 1 at the centres of a map's outer cells; `align_corners=False` puts them
+    # at the border of the image, half a cell further out. We follow the authors.
     grid = F.affine_grid(theta, (*glimpses.shape[:2], h, w), align_corners=False)
     return F.grid_sample(glimpses, grid, align_corners=False)
 
@@ -350,8 +353,8 @@ class BackgroundBlock(nn.Sequential):
 class Background(nn.Sequential):
     """Autoencoder: images (n, 3, size, size) -> (n, 4, size, size) in [0, 1], the background
     without objects and the error expected in it. Its code, 16 numbers, has no room for objects."""
-    def __init__(self, kind, size, precision="float32"):
-        e, g = BACKGROUNDS[kind, size]
+    def __init__(self, config):
+        e, g = BACKGROUNDS[config.background, config.size]
         encoder, generator = nn.Sequential(), nn.Sequential()
         # Kernel, stride, padding and output padding: 128 -> 64 -> ... -> 4, then 4 -> 2 and 2 -> 1
         geometry = [(5, 2, 2, 1)] * (len(e) - 3) + [(4, 2, 1, 0), (2, 1, 0, 0)]
@@ -361,12 +364,12 @@ class Background(nn.Sequential):
             encoder.append(BackgroundBlock(down, norm_celu(e[i + 1])))
             generator.insert(0, BackgroundBlock(up, norm_celu(g[i]) if i else nn.Sigmoid()))
         super().__init__(encoder, generator)
-        self.precision = precision
+        self.config = config
 
     def forward(self, images):
         encoder, generator = self
-        with autocast(self.precision, images):
-            code = encoder(255 * images)  # from 0 to 255, as in [38]; so positions weigh less
+        with autocast(self.config.precision, images):
+            code = encoder(self.config.background_input * images)
             return exactly(generator[-1], generator[:-1](code))
 
 # --- 4.1 Model architecture: the whole model (Fig. 1) -------------------------------------------
@@ -395,11 +398,12 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         self.refine = Refinement(d_phi + 2, config) if config.layers else nn.Identity()
         glimpse_size = config.glimpse_size or config.size // 2
         self.glimpse_generator = GlimpseGenerator(config.d_z_what, glimpse_size)
-        background = Background(config.background, config.size, config.precision)
+        background = Background(config)
         self.background = background.to(memory_format=torch.channels_last)  # as GPUs convolve best
 
-        # At first alpha_0 = e^11 dwarfs all alpha_k, so w_k is about alpha_k M_k / alpha_0: each
-        # query learns where and what to draw, by itself, before it appears and has to compete.
+        # At first alpha_0 = e^11 dwarfs each alpha_k, so w_k is about alpha_k M_k / alpha_0, which
+        # no other query changes: each follows its own small gradient (Adam makes it large again),
+        # and finds where and what to draw before it appears and has to compete.
         self.log_alpha_0 = nn.Parameter(torch.tensor(float(config.log_alpha_0)))
 
     def encode(self, images: Tensor) -> Latents:
@@ -503,25 +507,24 @@ def phase_bounds(config: Config) -> dict:
     return {1: (0, end_1), 2: (end_1, end_2), 3: (end_2, end_1 + config.steps)}
 
 def learning_rate(config: Config, phase: int, t: int, group: str) -> float:
-    """The rate of step t of a run, for the `background`, `objects` or `refine` weights (5.1)."""
+    """The rate of step t of a run, for `background` or `objects` (5.1)."""
     if phase == 1:
         return config.background_lr * (0.1 if t >= 0.8 * config.background_steps else 1.0)
 
     # Phases 2 and 3 have one schedule: a quadratic warm-up, then constant, at the end a tenth.
     step = t - config.background_steps
-    steps = config.refine_warmup * config.steps if group == "refine" else config.warmup_steps
-    factors = {"background": config.background_lr_factor, "refine": config.refine_lr_factor}
-    rate = config.lr * warmup(step, steps) * factors.get(group, 1.0)
+    rate = config.lr * warmup(step, config.warmup_steps)
+    if group == "background":
+        rate *= config.background_lr_factor
     if phase == 3:
         rate *= warmup(step - config.phase2_steps, config.phase3_warmup * config.steps)
     return rate * (0.1 if step >= config.lr_drop_at * config.steps else 1.0)
 
 def make_optimizer(model: ASTSeg, phase: int) -> torch.optim.Adam:
     """A new Adam, its moments 0, over what learns: in phase 2 all but the background, in 3 all."""
-    parts = {"background": [], "refine": [], "objects": []}
-    for name, parameter in model.named_parameters():
-        parts.get(name.split(".")[0], parts["objects"]).append(parameter)
-    groups = [{"name": name, "params": parameters} for name, parameters in parts.items()]
+    background = list(model.background.parameters())
+    others = [p for name, p in model.named_parameters() if not name.startswith("background.")]
+    groups = [{"name": "background", "params": background}, {"name": "objects", "params": others}]
     if phase == 1:
         return torch.optim.Adam(groups[:1], betas=(0.9, 0.999), fused=True)  # as in [38]
     betas = (model.config.adam_beta1, model.config.adam_beta2)
@@ -640,8 +643,9 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
 def contingency(pred: Tensor, true: Tensor, labels: int) -> Tensor:
     """Labels (n, h, w) -> pixels of each [image, pred, true], (n, m, m), where m >= labels."""
     m = max(labels, int(true.max()) + 1)
-    pairs = (m * pred.long() + true.long()).flatten(1)  # (n, h w)
-    counts = torch.stack([row.bincount(minlength=m * m) for row in pairs])
+    image = torch.arange(len(pred), device=pred.device)[:, None, None]
+    pairs = (image * m + pred.long()) * m + true.long()  # (n, h, w)
+    counts = pairs.flatten().bincount(minlength=len(pred) * m * m)
     return counts.view(-1, m, m).cpu().double()
 
 def pairwise_iou(table: Tensor) -> Tensor:

@@ -508,12 +508,13 @@ def test_the_background_model_has_the_channels_of_its_table(kind, size):
         blocks.insert(0, f"Conv2d {kernel} {side // 2} {encoder[i + 1]} {step} {norms[0]}")
         blocks.append(f"ConvTranspose2d {kernel} {side} {generator[i]} {step} {norms[1]}")
     blocks[-1] = blocks[-1].replace(norms[1], "Sigmoid")
-    assert trace(ast_seg.Background(kind, size), torch.rand(2, 3, size, size)) == rows(*blocks)
+    model = ast_seg.Background(tiny(background=kind, size=size))
+    assert trace(model, torch.rand(2, 3, size, size)) == rows(*blocks)
 
 def test_every_block_of_the_background_model_knows_where_its_pixels_are():
     """Its convolution sees two inputs more: j / (w - 1) - 0.5 and i / (h - 1) - 0.5, or 1 and 1.
     The first one sees images from 0 to 255."""
-    model = ast_seg.Background("small", 64).double()
+    model = ast_seg.Background(tiny(background_input=255.0)).double()
     inputs = []
 
     def check(block, args, out):
@@ -595,15 +596,15 @@ def test_the_loss_of_phases_2_and_3_is_equation_22(step, share):
     (2, 2500, 0), (2, 2550, 4e-9), (2, 5000, 1e-5), (2, 7500, 4e-5), (2, 32_499, 4e-5),  # warm-up
     (3, 32_500, 4e-5), (3, 114_999, 4e-5), (3, 115_000, 4e-6), (3, 127_499, 4e-6)])  # 90 %
 def test_the_learning_rate_of_the_paper_at_its_corners(phase, t, rate):
-    for group in ("background",) if phase == 1 else ("background", "objects", "refine"):
+    for group in ("background",) if phase == 1 else ("background", "objects"):
         ours = ast_seg.learning_rate(ast_seg.preset("clevr"), phase, t, group)
         assert ours == pytest.approx(rate)
 
 def test_a_new_phase_has_a_new_adam_over_what_it_trains():
     model = ast_seg.ASTSeg(tiny(adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-7))
-    parts = {name: set(getattr(model, name).parameters()) for name in ("background", "refine")}
-    parts["objects"] = set(model.parameters()) - parts["background"] - parts["refine"]
-    for phase, names in (1, ["background"]), (2, ["refine", "objects"]), (3, list(parts)):
+    parts = {"background": set(model.background.parameters())}
+    parts["objects"] = set(model.parameters()) - parts["background"]
+    for phase, names in (1, ["background"]), (2, ["objects"]), (3, ["background", "objects"]):
         adam = ast_seg.make_optimizer(model, phase)
         assert type(adam) is torch.optim.Adam and not adam.state
         assert [group["name"] for group in adam.param_groups] == names
@@ -663,19 +664,17 @@ def test_every_step_goes_downhill_by_the_rate_of_its_schedule(tmp_path, monkeypa
     places = []
 
     def slope(model, images, phase, t):
-        weights = [model.background[1][-1][0].weight[0, 0, 0, 0], model.refine.project.bias[0],
-                   model.log_alpha_0]
+        weights = [model.background[1][-1][0].weight[0, 0, 0, 0], model.log_alpha_0]
         places.append([weight.item() for weight in weights])
         return sum(weights), {}
     monkeypatch.setattr(ast_seg, "training_loss", slope)
     train(tmp_path, background_steps=5, background_lr=0.1, steps=10, phase2_steps=6, lr=0.1,
-          warmup_steps=2, lr_drop_at=0.8, refine_lr_factor=0.5, refine_warmup=0.4,
-          phase3_warmup=0.2, background_lr_factor=0.2, log_alpha_0=1.0)
-    rates = [  # background, refine, objects
-        [0.1, 0, 0], [0.1, 0, 0], [0.1, 0, 0], [0.1, 0, 0], [0.01, 0, 0],  # phase 1, drop at 80 %
-        [0, 0, 0], [0, 0.05 / 16, 0.025], [0, 0.05 / 4, 0.1],  # phase 2: warm-ups of 4 and 2 steps
-        [0, 0.05 * 9 / 16, 0.1], [0, 0.05, 0.1], [0, 0.05, 0.1],
-        [0, 0, 0], [0.005, 0.0125, 0.025], [0.002, 0.005, 0.01]]  # phase 3: one more; drop at 80 %
+          warmup_steps=2, lr_drop_at=0.8, phase3_warmup=0.2, background_lr_factor=0.2,
+          log_alpha_0=1.0)
+    rates = [  # background, objects
+        [0.1, 0], [0.1, 0], [0.1, 0], [0.1, 0], [0.01, 0],  # phase 1, drop at 80 %
+        [0, 0], [0, 0.025], [0, 0.1], [0, 0.1], [0, 0.1], [0, 0.1],  # phase 2: warm-up of 2 steps
+        [0, 0], [0.005, 0.025], [0.002, 0.01]]  # phase 3: one more warm-up; drop at 80 %
     np.testing.assert_allclose(-np.diff(places, axis=0), rates, atol=1e-6)
 
 # --- 5. Metrics ---------------------------------------------------------------------------------
