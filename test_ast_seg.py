@@ -1308,8 +1308,8 @@ def refused(name, root, *words, split="train", **options):
 @pytest.mark.parametrize("name, test, val, train", [
     ("clevr", 10_000, 10_000, 80_000), ("multi_dsprites", 10_000, 10_000, 40_000),
     ("tetrominoes", 10_000, 10_000, 40_000), ("objects_room", 10_000, 10_000, 980_000),
-    ("clevrtex", 5_000, 5_000, 40_000), ("ood", 10_000, 0, 0), ("folder", 76, 76, 611),
-    ("clevr", 76, 76, 611), ("objects_room", 1, 1, 1), ("clevr", 1, 1, 0), ("clevr", 0, 0, 0)])
+    ("clevrtex", 5_000, 5_000, 40_000), ("ood", 10_000, 0, 0), ("clevr", 76, 76, 611),
+    ("objects_room", 1, 1, 1), ("clevr", 0, 0, 0)])
 def test_splits_lie_one_after_the_other_as_published_or_in_proportion(name, test, val, train):
     parts = data.split_bounds(test + val + train, data.DATASETS[name].splits)
     bounds = range(test), range(test, test + val), range(test + val, test + val + train)
@@ -1466,8 +1466,6 @@ def test_what_is_missing_is_named_with_what_belongs_there(tmp_path):
     refused("shapestacks", tmp_path, listing, "unpack", split="val")
     write_pairs("ood", tmp_path, 2)
     refused("ood", tmp_path, tmp_path, "nothing there", "ood", "train")
-    with pytest.raises(NotADirectoryError):
-        data.load("shapes", "test", listing.with_name("test.txt"))
 
 DAMAGES = {  # the content of a file of records -> another content
     "cut in a record": lambda content: content[:-100],
