@@ -1010,7 +1010,8 @@ def test_models_are_compared_with_their_mean(capsys):
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["on", "clevr", "mIoU", "ARI-FG", "Dice", "MSE"],
         ["one", "1.00", "2.00", "3.00", "4.00"], ["two", "4.00", "2.00", "3.00", "4.00"],
-        ["mean", "2.50±2.12", "2.00±0.00", "3.00±0.00", "4.00±0.00"]]  # 3 / sqrt(2)
+        ["mean", "2.50", "2.00", "3.00", "4.00"],
+        ["deviation", "2.12", "0.00", "0.00", "0.00"]]  # 3 / sqrt(2)
 
 def test_segments_are_drawn_in_the_colours_of_the_truth(tmp_path, monkeypatch):
     """Here the truth is what the model found, but in another order in each scene."""
@@ -1052,8 +1053,9 @@ def test_each_image_gets_labels_an_overlay_and_measures(photos, tmp_path, monkey
         stem = name.replace("_", "__").replace("/", "_")
         flat = Image.open(tmp_path / f"out/{stem}_labels.png")
         labels = np.array(flat)
-        image = data.read_image(Path(name), ())
-        square = torch.from_numpy(data.resize(image, 64)).movedim(2, 0)[None] / 255
+        image = data.read_image(Path(name))
+        square = np.array(Image.fromarray(image).resize((64, 64), Image.BILINEAR))
+        square = torch.from_numpy(square).movedim(2, 0)[None] / 255
         drawn = Image.fromarray(model.segment(square, 256, 256)[0].byte().numpy())
         assert np.array_equal(labels, drawn.resize(flat.size, Image.NEAREST))  # never mixed
 
@@ -1181,10 +1183,9 @@ def field(number, content):
     return bytes([number << 3 | 2, *length]) + content
 
 def example(**features):
-    """A tf.train.Example of byte lists (uint8 arrays) and float lists (float arrays)."""
+    """A tf.train.Example: uint8 arrays as lists of one-byte strings, others as lists of floats."""
     entries = b""
     for name, values in features.items():
-        values = np.asarray(values)
         content = field(2, field(1, values.astype("<f4").tobytes()))
         if values.dtype == np.uint8:
             content = field(1, b"".join(field(1, bytes([value])) for value in values.ravel()))
@@ -1199,8 +1200,8 @@ def random_scene(dataset, rng, objects):
     k = np.arange(dataset.masks)[:, None, None]
     masks = (index > 0) & ((k == index) | (k > index) & (rng.random(index.shape) < 0.5))
     masks = np.moveaxis(np.where(masks, 255, 0).astype(np.uint8), 0, dataset.mask_axis)
-    visible = np.where(np.arange(dataset.masks) <= objects, 1.0, 0.0)
-    features = dict(image=image, mask=masks, x=np.zeros(11), visibility=visible)
+    visible = np.arange(dataset.masks) <= objects
+    features = dict(image=image, mask=masks, color=image[0], visibility=visible)
     labels = np.maximum(index - dataset.background_masks + 1, 0).astype(np.uint8)
     order = rng.permutation(list(features))
     return image, labels, example(**{name: features[name] for name in order})
@@ -1211,10 +1212,10 @@ def miniature(monkeypatch, name, **changes):
     monkeypatch.setitem(data.DATASETS, name, dataset)
     return dataset
 
-def tiny_records(root, monkeypatch, name="clevr", objects=(5,) * 14, seed=7, packed=True, **more):
+def tiny_records(root, monkeypatch, name="clevr", objects=(3,) * 14, packed=True, **more):
     """A file of small scenes, of 14 two test, two val, ten train. Returns its path, the scenes."""
     dataset = miniature(monkeypatch, name, **dict(splits=(2, 2, 10)) | more)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(7)
     scenes = [random_scene(dataset, rng, count) for count in objects]
     content = b"".join(record(payload) for *_, payload in scenes)
     (root / dataset.path).write_bytes(gzip.compress(content, 1) if packed else content)
@@ -1268,14 +1269,12 @@ def write_pairs(name, root, count):
 
 def fitted(pixels, crop, size):
     """Centre square and Pillow's resize, bilinear for images and nearest for labels."""
-    height, width = pixels.shape[:2]
-    side = crop or min(height, width)
-    left = (width - side) // 2
-    top = (height - side) // 2
-    square = Image.fromarray(pixels).crop((left, top, left + side, top + side))
-    if pixels.ndim == 2:
-        return np.asarray(square.resize((size, size), Image.NEAREST))
-    return np.asarray(square.resize((size, size), Image.BILINEAR)).transpose(2, 0, 1)
+    image = Image.fromarray(pixels)
+    side = crop or min(image.size)
+    left, top = [(length - side) // 2 for length in image.size]
+    how = Image.NEAREST if pixels.ndim == 2 else Image.BILINEAR
+    square = image.crop((left, top, left + side, top + side)).resize((size, size), how)
+    return np.moveaxis(np.asarray(square), -1, 0) if pixels.ndim == 3 else np.asarray(square)
 
 def assert_scenes(name, scenes, truth, size=0):
     """Exactly these scenes in this order. truth: image, labels, ... before crop and resize."""
@@ -1308,8 +1307,8 @@ def refused(name, root, *words, split="train", **options):
 @pytest.mark.parametrize("name, test, val, train", [
     ("clevr", 10_000, 10_000, 80_000), ("multi_dsprites", 10_000, 10_000, 40_000),
     ("tetrominoes", 10_000, 10_000, 40_000), ("objects_room", 10_000, 10_000, 980_000),
-    ("clevrtex", 5_000, 5_000, 40_000), ("ood", 10_000, 0, 0), ("folder", 76, 76, 611),
-    ("clevr", 76, 76, 611), ("objects_room", 1, 1, 1), ("clevr", 1, 1, 0), ("clevr", 0, 0, 0)])
+    ("clevrtex", 5_000, 5_000, 40_000), ("ood", 10_000, 0, 0), ("clevr", 76, 76, 611),
+    ("objects_room", 1, 1, 1), ("clevr", 0, 0, 0)])
 def test_splits_lie_one_after_the_other_as_published_or_in_proportion(name, test, val, train):
     parts = data.split_bounds(test + val + train, data.DATASETS[name].splits)
     bounds = range(test), range(test, test + val), range(test + val, test + val + train)
@@ -1361,11 +1360,7 @@ def test_clevr6_keeps_scenes_of_at_most_six_objects_in_the_splits_of_clevr(tmp_p
     _, scenes = tiny_records(tmp_path, monkeypatch, "clevr6", objects)
     kept = [scenes[i] for i in (0, 2, 4, 5, 8, 10, 12, 13)]
     assert_scenes("clevr6", all_splits("clevr6", tmp_path), kept)
-    decode = data.decode_record
-    calls = []
-    monkeypatch.setattr(data, "decode_record", lambda *a: calls.append(a) or decode(*a))
     assert_scenes("clevr6", data.load("clevr6", "train", tmp_path, limit=1), kept[2:3])
-    assert len(calls) <= 1 + 8  # a limit spares work: eight are decoded ahead
 
 # --- data.py: drawn scenes, and images of one's own ---------------------------------------------
 @pytest.mark.parametrize("name, most", [("shapes", 4), ("tm_dsprites", 3)])
@@ -1386,66 +1381,59 @@ def test_tm_dsprites_are_whole_saturated_sprites_on_a_grey_texture(tmp_path):
     scenes = data.load("tm_dsprites", "test", tmp_path, limit=60)
     for image, labels in zip(scenes.images, scenes.labels):
         for k in range(1, labels.max() + 1):
-            colour = np.median(image[:, labels == k], axis=1)
+            pixels = image[:, labels == k]
+            assert pixels.shape[1] > 380  # the smallest, the triangle, has 402 pixels
+            colour = np.median(pixels, axis=1)
             assert colour.min() == 0 and colour.max() == 255
-            assert (np.abs(image[:, labels == k] - colour[:, None]).max(0) <= 1).mean() > 0.85
-            assert (labels == k).sum() > 380  # the smallest, the triangle, has 402 pixels
+            assert (np.abs(pixels - colour[:, None]).max(0) <= 1).mean() > 0.85
         assert (np.ptp(image[:, labels == 0], axis=0) == 0).mean() > 0.9
 
-GREY = np.linspace(0, 255, 16 * 24).astype(np.uint8).reshape(16, 24)
-GREYS = np.stack([GREY] * 3, 2)
+GREY = np.linspace(0, 254, 16 * 24).astype(np.uint8).reshape(16, 24)
 COLOURS = np.stack([GREY, GREY[::-1], 255 - GREY], 2)
 
-def noise(height, width):
-    return np.random.default_rng(3).integers(0, 256, (height, width, 3), np.uint8)
-
 @pytest.mark.parametrize("name, image, expected", [
-    ("a.TIF", noise(31, 21), noise(31, 21)), ("dot.png", noise(1, 1), noise(1, 1)),
-    ("wide.png", noise(5, 200), noise(5, 200)),
+    ("a.TIF", COLOURS, COLOURS), ("dot.png", COLOURS[:1, :1], COLOURS[:1, :1]),
     ("transparent.png", np.dstack([COLOURS, GREY]), COLOURS),
-    ("16 bits.png", GREY.astype(np.uint16) * 257 + 100, GREYS),
+    ("16 bits.png", GREY.astype(np.uint16) * 257 + 100, np.stack([GREY] * 3, 2)),
     ("turned.png", COLOURS, np.rot90(COLOURS, -1).copy())])
 def test_images_of_any_kind_come_upright_and_square(tmp_path, name, image, expected):
     labels = expected[..., 0]  # more than K labels stay
     exif = Image.Exif()
     exif[0x0112] = 6 if "turned" in name else 1  # 6: the camera was held sideways
     Image.fromarray(image).save(tmp_path / name, exif=exif)
-    depth = np.uint16 if "16" in name else np.uint8
-    Image.fromarray(labels.astype(depth)).save(tmp_path / f"{Path(name).stem}_mask.png")
+    Image.fromarray(labels).save(tmp_path / f"{Path(name).stem}_mask.png")
     assert_scenes("folder", data.load("folder", "test", tmp_path), [(expected, labels)])
 
-def test_folder_splits_are_disjoint_mixed_and_the_same_wherever_it_lies(tmp_path, monkeypatch):
+def test_folder_splits_are_disjoint_mixed_and_the_same_wherever_it_lies(tmp_path):
     truth = write_pairs("folder", tmp_path / "one", 30)
     images = all_splits("folder", tmp_path / "one", [3, 3, 24], size=8).images
     found = [image.tobytes() for image in images]
     in_order = [fitted(image, 0, 8).tobytes() for image, *_ in truth]
-    assert len(found) == 30 and set(in_order) == set(found)
-    assert not set(in_order[:6]) <= set(found[:8])
+    assert sorted(in_order) == sorted(found) and not set(in_order[:6]) <= set(found[:8])
     os.rename(tmp_path / "one", tmp_path / "two")
-    rglob = Path.rglob
-    monkeypatch.setattr(Path, "rglob", lambda *a: sorted(rglob(*a), reverse=True))  # as a disk may
     assert np.array_equal(all_splits("folder", tmp_path / "two", size=8).images, images)
 
 # --- data.py: the life of a cache ---------------------------------------------------------------
 def test_a_cache_is_built_once_and_as_a_whole(clevr, tmp_path, monkeypatch):
     (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache/clevr.part").write_bytes(bytes(9999))  # a build was interrupted
+    (tmp_path / ".cache/clevr-4-test-0-0.part").write_bytes(bytes(9999))  # it was interrupted
     assert_scenes("clevr", all_splits("clevr", tmp_path), clevr[1])
     assert len(caches(tmp_path)) == 3 and not caches(tmp_path, "part")
     monkeypatch.setattr(data, "iterate_records", lambda *_: pytest.fail("read again"))
     assert_scenes("clevr", all_splits("clevr", tmp_path), clevr[1])
     assert isinstance(data.load("clevr", "val", tmp_path).images, np.memmap)
+    cache = caches(tmp_path)[1]
+    os.truncate(cache, 100)
+    refused("clevr", tmp_path, cache, "remove")
 
 def test_whatever_changes_in_source_or_program_makes_another_cache(tmp_path, monkeypatch):
     miniature(monkeypatch, "folder", source=(), size=8, splits=(1, 0, 0))
     *_, image, labels = write_pairs("folder", tmp_path, 10)[0]
     changes = [
-        lambda: None, lambda: os.utime(image, ns=(1, 1)), lambda: os.utime(labels, ns=(1, 1)),
-        lambda: [image.write_bytes(image.read_bytes() + b"more"), os.utime(image, ns=(1, 1))],
-        lambda: monkeypatch.setattr(data, "CACHE_VERSION", data.CACHE_VERSION + 1), image.unlink,
-        lambda: [Image.new("RGB", (30, 20)).save(tmp_path / "a.png"),
-                 labels.rename(tmp_path / "a_mask.png")]]
-    for change, count in zip(changes, (10, 10, 10, 10, 10, 9, 10)):
+        lambda: None, lambda: os.utime(labels, ns=(1, 1)),
+        lambda: image.write_bytes(image.read_bytes() + b"more"),
+        lambda: monkeypatch.setattr(data, "CACHE_VERSION", data.CACHE_VERSION + 1), image.unlink]
+    for change, count in zip(changes, (10, 10, 10, 10, 9)):
         before = caches(tmp_path)
         change()
         assert len(data.load("folder", "test", tmp_path).images) == count
@@ -1465,58 +1453,43 @@ def test_a_folder_that_may_not_be_written_is_left_alone(tmp_path, monkeypatch):
 def flip(content, at):
     return content[:at] + bytes([content[at] ^ 16]) + content[at + 1:]
 
-def test_what_is_unknown_or_missing_is_named_with_what_belongs_there(tmp_path):
-    refused("clever", tmp_path, "clever", "clevr", "shapes")
-    refused("shapes", tmp_path, "training", "train", split="training")
+def test_what_is_missing_is_named_with_what_belongs_there(tmp_path):
     refused("folder", tmp_path, tmp_path)
     folder = tmp_path / "shapestacks"
     refused("shapestacks", tmp_path, folder, "shapestacks-file.robots.ox.ac.uk", "iseg", "genesis")
     write_pairs("shapestacks", tmp_path, 6)
     listing = folder / "splits/default/eval.txt"
-    listing.write_bytes(b"env-1\nenv-\xff\xfe\n")  # a scenario that is not there
-    refused("shapestacks", tmp_path, f"{folder}/recordings/env-", "unpack", split="val")
+    listing.write_text("env-1\nenv-9")
+    refused("shapestacks", tmp_path, f"{folder}/recordings/env-9", "unpack", split="val")
     listing.unlink()
     refused("shapestacks", tmp_path, listing, "unpack", split="val")
     write_pairs("ood", tmp_path, 2)
-    refused("ood", tmp_path, "clevrtex_outd", "train")
-    with pytest.raises(NotADirectoryError):
-        data.load("shapes", "test", listing.with_name("test.txt"))
+    refused("ood", tmp_path, tmp_path, "nothing there", "ood", "train")
 
 DAMAGES = {  # the content of a file of records -> another content
     "cut in a record": lambda content: content[:-100],
+    "cut gzip stream": lambda content: content[:-1],
     "cut in a length": lambda content: content + bytes(7),
     "cut behind a length": lambda content: content + content[:12],
     "flipped length": lambda content: flip(content, 5 * len(content) // 14 + 2),
-    "flipped checksum of a length": lambda content: flip(content, 9),
     "flipped value": lambda content: flip(content, len(content) // 2 + 500),
     "empty": lambda content: b"",
     "no example": lambda content: record(b"\xff" * 500) * 9,
     "endless length": lambda content: record(b"\n" + b"\xff" * 5000) * 9,
-    "no mask": lambda content: record(example(image=np.zeros((6, 8, 3), np.uint8))) * 9,
-    "floats": lambda content: record(example(image=np.zeros((6, 8, 3)), mask=[0.0])) * 9}
+    "no mask": lambda content: record(example(image=np.zeros((6, 8, 3), np.uint8))) * 9}
 
 @pytest.mark.parametrize("case", DAMAGES)
 def test_damaged_record_files_are_refused(tmp_path, monkeypatch, case):
-    path, _ = tiny_records(tmp_path, monkeypatch, packed=False, splits=(1, 1, 98))
+    packed = case == "cut gzip stream"
+    path, _ = tiny_records(tmp_path, monkeypatch, packed=packed, splits=(1, 1, 98))
     path.write_bytes(DAMAGES[case](path.read_bytes()))
-    refused("clevr", tmp_path, path, "" if case == "empty" else "Record")
+    refused("clevr", tmp_path, "nothing there" if case == "empty" else path)
 
-@pytest.mark.parametrize("damage", [lambda file: file[:-1], lambda file: file[:100]])
-def test_a_damaged_gzip_stream_or_cache_is_refused(clevr, tmp_path, damage):
-    data.load("clevr", "train", tmp_path)
-    (cache,) = caches(tmp_path)
-    for file, word in ((cache, "remove"), (clevr[0], "Record")):
-        file.write_bytes(damage(file.read_bytes()))
-        refused("clevr", tmp_path, file, word, limit=2 if word == "Record" else 0)
-
-@pytest.mark.parametrize("name", ["clevrtex", "shapestacks", "folder"])
+@pytest.mark.parametrize("name", ["clevrtex", "shapestacks"])
 @pytest.mark.parametrize("case", [
     "cut", "of another size", "labels missing", "labels cut", "labels of another size"])
 def test_bad_image_files_are_named(tmp_path, monkeypatch, name, case):
-    changes = dict(source=(24, 30))
-    if name == "folder":
-        changes = dict(source=(), splits=(0, 0, 1))  # the victim is in `train`
-    miniature(monkeypatch, name, **changes)
+    miniature(monkeypatch, name, source=(24, 30))
     *_, image, labels = write_pairs(name, tmp_path, 10)[7]
     victim = labels if "labels" in case else image
     if "cut" in case:
@@ -1525,8 +1498,6 @@ def test_bad_image_files_are_named(tmp_path, monkeypatch, name, case):
         victim.unlink()
     else:
         Image.open(victim).resize((7, 9)).save(victim, "PNG")
-        if name == "folder":  # any size goes, but labels must have that of their image
-            victim = labels
     hint = "unpack" if name == "shapestacks" else "give all images one"
     refused(name, tmp_path, victim, hint if "missing" in case else "")
 
@@ -1534,7 +1505,7 @@ def test_bad_image_files_are_named(tmp_path, monkeypatch, name, case):
 def test_label_maps_must_hold_labels(tmp_path, labels):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     Image.fromarray(labels).save(tmp_path / "a_mask.png")
-    refused("folder", tmp_path, "a_mask.png", "up to 255", split="test")
+    refused("folder", tmp_path, "a_mask.png", "8 bits", split="test")
 
 # --- data.py: downloads -------------------------------------------------------------------------
 class Server(http.server.BaseHTTPRequestHandler):
@@ -1589,7 +1560,7 @@ def online(clevr, serve):
     return serve("clevr", {path.name: content}), path, content, scenes
 
 @pytest.mark.parametrize("ranges, begun, cuts, starts", [  # in eighths of the file
-    (True, 0, 0, [0]), (True, 2, 0, [2]), (True, 0, 2, [0, 4, 6]), (True, 8, 0, [8]),
+    (True, 0, 0, [0]), (True, 2, 0, [2]), (True, 0, 2, [0, 4, 6]),
     (False, 2, 0, [2]), (False, 0, 2, [0, 4, 4]), (False, 9, 0, [9])])
 def test_a_download_goes_on(online, tmp_path, ranges, begun, cuts, starts):
     server, path, content, scenes = online
@@ -1600,18 +1571,17 @@ def test_a_download_goes_on(online, tmp_path, ranges, begun, cuts, starts):
         Path(f"{path}.part").write_bytes((content + content)[:round(begun * eighth)])
     assert_scenes("clevr", data.load("clevr", "train", tmp_path), scenes[4:])
     assert path.read_bytes() == content and not Path(f"{path}.part").exists()
-    assert [start / eighth for _, start in server.requests] == pytest.approx(starts, abs=0.1)
+    assert [start / eighth for _, start in server.requests] == pytest.approx(starts, abs=0.2)
 
-@pytest.mark.parametrize("missing, begun, word", [(True, 1, "404"), (False, 2, "416")])
-def test_a_download_that_cannot_end_well_is_refused(online, tmp_path, missing, begun, word):
-    """The file is not there, or what we have of it is longer than all of it."""
+def test_a_download_that_cannot_end_well_is_refused(online, tmp_path):
+    """What we have of the file is longer than all of it; or the server has it no more."""
     server, path, content, _ = online
-    if missing:
-        server.files = {}
     part = Path(f"{path}.part")
-    part.write_bytes(begun * content)
-    refused("clevr", tmp_path, path, part, word)
-    assert not path.exists() and part.exists()
+    part.write_bytes(2 * content)
+    for word in ("416", "404"):
+        refused("clevr", tmp_path, path, part, word)
+        assert not path.exists() and part.exists()
+        server.files = {}
 
 def test_two_that_start_together_download_and_decode_once(online, tmp_path, capsys):
     """The lock is a file's, which two threads share as little as two processes."""
@@ -1636,8 +1606,9 @@ def packed(files):
 
 def test_archives_stay_until_their_folder_is_whole(tmp_path, monkeypatch, serve):
     """Each archive has a part of every folder. Of three the second is damaged."""
-    names = [f"clevrtex_full_part{i}.tar.gz" for i in (1, 2, 3)]
-    miniature(monkeypatch, "clevrtex", source=(8, 8), archives=tuple(names))
+    endings = ("_part1.tar.gz", "_part2.tar.gz", "_part3.tar.gz")
+    names = [f"clevrtex_full{ending}" for ending in endings]
+    miniature(monkeypatch, "clevrtex", source=(8, 8), archives=endings)
     truth = write_pairs("clevrtex", tmp_path / "source", 20)
     files = [*contents(tmp_path / "source").items()]
     archives = {name: packed(dict(files[i::3])) for i, name in enumerate(names)}
@@ -1671,19 +1642,6 @@ def test_batches_depend_on_seed_and_step_alone_and_each_epoch_is_a_permutation()
     few = [data.batch_indices(3, 32, *seeds) for seeds in ((0, 0), (0, 1), (1, 0), (0, 0))]
     assert all(set(indices) == {0, 1, 2} and len(indices) == 32 for indices in few)
     assert np.array_equal(few[0], few[3]) and len({indices.tobytes() for indices in few}) == 3
-
-def test_an_epoch_is_shuffled_once(monkeypatch):
-    """A million scenes take 34 ms to shuffle, and a step little longer."""
-    default_rng = np.random.default_rng
-    calls = []
-
-    def note(seed):
-        calls.append(seed)
-        return default_rng(seed)
-    monkeypatch.setattr(np.random, "default_rng", note)
-    for step in range(30):
-        data.batch_indices(1003, 100, 12345, step)
-    assert len(calls) == 3  # ten batches each
 
 def test_batches_come_in_order_a_few_ahead_raise_the_error_and_leave_no_thread(monkeypatch):
     threads = threading.active_count()
