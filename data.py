@@ -12,7 +12,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -167,10 +167,8 @@ def iterate_records(path):
     with usable(path), open(path, "rb") as file:
         packed = file.peek(2)[:2] == b"\x1f\x8b"  # some tools hand the public files out inflated
         stream = gzip_ng.open(file) if packed else file  # eleven times as fast as Python's gzip
-        length = read_checked(stream, 8)
-        while length:
+        for length in iter(partial(read_checked, stream, 8), b""):  # until the end
             yield read_checked(stream, int.from_bytes(length, "little"))
-            length = read_checked(stream, 8)
 
 def protobuf_fields(message):
     """Yield the contents of the fields of a protobuf message, here all strings or messages again.
@@ -280,7 +278,6 @@ def download(dataset, path):
             with usable(url, advice), open(part, "ab") as out:
                 http_get(url, out, resume_size=out.tell())  # it retries where a reply breaks off
             os.replace(part, file)
-
     if dataset.archives:
         folder = path.with_name(f"{path.name}.part")
         for archive in tqdm(files, desc="unpacking", leave=False):
@@ -375,14 +372,17 @@ def load(name: str, split: str, data_dir="datasets", limit: int = 0, size: int =
     return Scenes(planes[:, :3], planes[:, 3])
 
 # --- Batches ---
+@lru_cache(4)
+def epoch_order(count, seed, epoch):  # kept, since a million scenes take longer than a step
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
 def batch_indices(count, batch_size, seed, step):
     """(batch_size,) int64: which of `count` scenes make the batch at `step`, by the arguments
     alone. Each epoch is a new permutation without its last incomplete batch."""
     if count < batch_size:  # too few scenes are drawn with replacement
         return np.random.default_rng((seed, step)).integers(count, size=batch_size)
     epoch, batch = divmod(step, count // batch_size)
-    order = np.random.default_rng((seed, epoch)).permutation(count)
-    return order[batch * batch_size:(batch + 1) * batch_size]
+    return epoch_order(count, seed, epoch)[batch * batch_size:(batch + 1) * batch_size]
 
 def batches(scenes: Scenes, batch_size: int, seed: int, start: int, stop: int,
             device: torch.device, share=slice(None)):
