@@ -84,8 +84,6 @@ class Config:
     # What SMALL needs to learn in minutes; these defaults leave the paper's training as it is
     background_input: float = 255.0  # what its encoder sees for 1: beside 255, positions fade
     residual: bool = False  # let the transformer add to the triplets: it starts as the identity
-    phase3_warmup: float = 0.0  # another warm-up at the start of phase 3, as a share of the steps
-    background_lr_factor: float = 1.0  # learning rate of the background in phase 3, in units of lr
     robustness_warmup: float = 0.0  # share of phase 1 over which its loss becomes robust
 
     # The run
@@ -132,8 +130,7 @@ SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default
     log_alpha_0=4.0, s_max=8.0,  # visible sooner, and first glimpses of 14 pixels instead of 5
     entropy_weight=5e-2, entropy_warmup_steps=2700,  # more, but later: early, queries fall asleep
     residual=True,  # at such rates a random transformer sends all queries to one place
-    phase3_warmup=1 / 36,  # the first step of a new Adam moves each weight by the full rate
-    background_lr_factor=0.3, validate_every=200)  # at 1 the background draws objects itself
+    validate_every=200)
 
 def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Config:
     """The settings of a dataset as in the paper, or SMALL; with `steps`, their schedule scales."""
@@ -506,29 +503,22 @@ def phase_bounds(config: Config) -> dict:
     end_2 = end_1 + config.phase2_steps
     return {1: (0, end_1), 2: (end_1, end_2), 3: (end_2, end_1 + config.steps)}
 
-def learning_rate(config: Config, phase: int, t: int, group: str) -> float:
-    """The rate of step t of a run, for `background` or `objects` (5.1)."""
+def learning_rate(config: Config, phase: int, t: int) -> float:
+    """The rate of step t of a run (5.1)."""
     if phase == 1:
         return config.background_lr * (0.1 if t >= 0.8 * config.background_steps else 1.0)
 
     # Phases 2 and 3 have one schedule: a quadratic warm-up, then constant, at the end a tenth.
     step = t - config.background_steps
     rate = config.lr * warmup(step, config.warmup_steps)
-    if group == "background":
-        rate *= config.background_lr_factor
-    if phase == 3:
-        rate *= warmup(step - config.phase2_steps, config.phase3_warmup * config.steps)
     return rate * (0.1 if step >= config.lr_drop_at * config.steps else 1.0)
 
 def make_optimizer(model: ASTSeg, phase: int) -> torch.optim.Adam:
-    """A new Adam, its moments 0, over what learns: in phase 2 all but the background, in 3 all."""
-    background = list(model.background.parameters())
-    others = [p for name, p in model.named_parameters() if not name.startswith("background.")]
-    groups = [{"name": "background", "params": background}, {"name": "objects", "params": others}]
+    """A new Adam, its moments 0, over what learns in a phase."""
     if phase == 1:
-        return torch.optim.Adam(groups[:1], betas=(0.9, 0.999), fused=True)  # as in [38]
+        return torch.optim.Adam(model.background.parameters(), fused=True)  # 0.9, 0.999 ([38])
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     betas = (model.config.adam_beta1, model.config.adam_beta2)
-    learning = groups[1:] if phase == 2 else groups
     return torch.optim.Adam(learning, betas=betas, eps=model.config.adam_epsilon, fused=True)
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun starts WORLD processes and numbers them;
@@ -576,9 +566,8 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if RANK == 0:  # it alone writes and shows; where the disk refuses, fail now, not after hours
         data.save_checkpoint(folder, saved)
-        print(f"Training on {len(scenes.images)} {config.dataset} scenes of {config.size} x "
-              f"{config.size} pixels, on {device} with {torch.get_num_threads()} threads, "
-              f"into {folder}", flush=True)
+        print(f"Training on {len(scenes.images)} scenes of {config.dataset}, on {device} with "
+              f"{torch.get_num_threads()} threads, into {folder}", flush=True)
     began = time.time() - saved["seconds"]  # as if there had been no interruption
 
     for phase, (first, last) in phase_bounds(config).items():
@@ -600,8 +589,8 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
 
         for t, images in enumerate(bar, start):
             torch.manual_seed((config.seed * 1_000_003 + t) * WORLD + RANK)  # for the dropout
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, phase, t, group["name"])
+            rate = learning_rate(config, phase, t)
+            optimizer.param_groups[0]["lr"] = rate
 
             model.zero_grad()  # before the forward pass, which old gradients would live through
             loss, losses = training_loss(model, images / 255, phase, t)
@@ -615,7 +604,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
                 continue
             validate = done % config.validate_every == 0 or done == total
             if validate or done % config.log_every == 0:  # only here we wait for the device
-                line = {"t": done, "phase": phase, "lr": group["lr"]}  # background, then objects
+                line = {"t": done, "phase": phase, "lr": rate}
                 line |= {name: loss.item() for name, loss in losses.items()}
                 line["seconds"] = time.time() - began
                 if validate:
