@@ -125,12 +125,11 @@ SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default
     background="small", background_lr=5e-4, background_steps=800,  # enough for plain backdrops
     background_input=1.0,  # with 255 ARI-FG was 2 and 4 points lower (two seeds)
     robustness_warmup=0.9,  # robust at once, so small a model would stay a constant grey
-    lr=1e-3, warmup_steps=200, steps=3600, phase2_steps=2250,  # fewer and larger steps
+    lr=1e-3, warmup_steps=200, steps=3600, phase2_steps=2250, validate_every=200,  # fewer, larger
     lr_drop_at=0.75,  # outlines become sharp only after the drop
     log_alpha_0=4.0, s_max=8.0,  # visible sooner, and first glimpses of 14 pixels instead of 5
     entropy_weight=5e-2, entropy_warmup_steps=2700,  # more, but later: early, queries fall asleep
-    residual=True,  # at such rates a random transformer sends all queries to one place
-    validate_every=200)
+    residual=True)  # at such rates a random transformer sends all queries to one place
 
 def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Config:
     """The settings of a dataset as in the paper, or SMALL; with `steps`, their schedule scales."""
@@ -395,8 +394,7 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         self.refine = Refinement(d_phi + 2, config) if config.layers else nn.Identity()
         glimpse_size = config.glimpse_size or config.size // 2
         self.glimpse_generator = GlimpseGenerator(config.d_z_what, glimpse_size)
-        background = Background(config)
-        self.background = background.to(memory_format=torch.channels_last)  # as GPUs convolve best
+        self.background = Background(config).to(memory_format=torch.channels_last)  # for GPUs
 
         # At first alpha_0 = e^11 dwarfs each alpha_k, so w_k is about alpha_k M_k / alpha_0, which
         # no other query changes: each follows its own small gradient (Adam makes it large again),
