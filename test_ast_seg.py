@@ -772,8 +772,9 @@ def finished(tmp_path_factory, arguments):
 def test_a_run_leaves_a_model_a_log_pictures_and_the_scores_of_that_model(finished, arguments):
     scored = ("results.json", "scores.npz", "segmentations.png")
     assert contents(finished).keys() == {
-        "checkpoint.pt", "background.pt", "log.jsonl", "curves.png", "model/README.md", "model/config.json",
-        "model/model.safetensors", *(f"frames/{t:07}.png" for t in (6, 12, 18)),
+        "checkpoint.pt", "background.pt", "log.jsonl", "curves.png", "model/README.md",
+        "model/config.json", "model/model.safetensors",
+        *(f"frames/{t:07}.png" for t in (6, 12, 18)),
         *(f"shapes-test-12/{name}" for name in scored)}
     for picture in finished.rglob("*.png"):
         assert np.asarray(Image.open(picture).convert("L")).std() > 10  # not blank
@@ -1512,7 +1513,8 @@ class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = type(self)
         name = self.path.rsplit("/", 1)[1]
-        start = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        wanted = self.headers["Range"] or "bytes=0-"
+        start = int(wanted.removeprefix("bytes=").removesuffix("-"))
         server.requests.append((name, start))
         threading.Event().wait(server.pause)
         if name not in server.files:
