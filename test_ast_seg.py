@@ -267,6 +267,8 @@ def test_bfloat16_is_used_where_it_is_asked_for_but_not_in_the_last_layers(preci
 def test_the_decoder_computes_what_the_librarys_own_computes():
     """But for dropout, and to rounding: here at 1/4, 1/8, 1/16 and 1/32 of 96 x 64 pixels."""
     maps = ast_seg.Segformer("tiny", 9).double().eval()
+    for parameter in maps.net.decode_head.parameters():
+        nn.init.normal_(parameter, std=0.1)  # its biases start at 0
     images = torch.rand(2, 3, 96, 64, dtype=torch.float64)
     close(maps(images), maps.net(images).logits, 1e-12)
 
@@ -708,6 +710,19 @@ def test_the_metrics_are_their_definitions(found, objects):
             "IoU": iou(A, B) if (A | B).any() else 1.0,
             "Dice": 2 * (A & B).sum() / (A.sum() + B.sum()) if (A | B).any() else 1.0}
         assert {k: values[n] for k, values in scores.items()} == pytest.approx(truth, abs=1e-12)
+
+@pytest.mark.parametrize("pred, true, miou", [
+    ("222030", "031444", 1 / 4), ("000402", "123323", 5 / 18), ("210410", "412404", 1 / 3)])
+def test_missed_objects_and_false_alarms_count_as_in_the_evaluator_of_clevrtex(pred, true, miou):
+    """Their IoU is 0, matched or not, so that the best matching is open. The evaluator takes that
+    of SciPy, of the transposed matrix, and counts the pairs of which one segment is there. With
+    the matrix itself these three would be 1/5, 5/24 and 4/15."""
+    p, t = (np.array([[[int(label) for label in labels]]]) for labels in (pred, true))
+    ours = ast_seg.mean_iou(ast_seg.contingency(torch.from_numpy(p), torch.from_numpy(t), 5))
+    ious = np.array([[iou(p == i, t == j) for i in range(5)] for j in range(5)])  # true, predicted
+    pairs = list(zip(*linear_sum_assignment(ious, maximize=True)))
+    truth = sum(ious[pair] for pair in pairs) / sum(j in t or i in p for j, i in pairs)
+    assert ours.item() == pytest.approx(truth) == pytest.approx(miou)
 
 def test_evaluate_scores_every_scene_in_percent(tmp_path):
     """70 scenes are more than a batch. The squared error is summed over channels and pixels."""
