@@ -9,7 +9,6 @@ a spatial transformer places it, an autoencoder draws the background; all compet
 
     python ast_seg.py                                             # coloured shapes, on a laptop
     python ast_seg.py --dataset clevr --data-dir DIR              # the paper's model, on one GPU
-    python ast_seg.py --eval --model runs/clevr --data-dir DIR    # score it once more
     python ast_seg.py --segment photos/ --model runs/clevr        # segment images of your own
 
 Shapes in comments: n images, K object queries, c channels, h x w pixels, h* x w* cells of a map.
@@ -120,15 +119,16 @@ class Config:
 
 SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default for shapes
     size=64, batch_size=32, background_batch_size=32,  # less to compute in a step
-    d_t=128, d_ff=256, layers=3, glimpse_size=16,  # enough for few objects in 64 x 64 pixels
+    d_t=128, d_ff=256, layers=2, d_z_what=24, glimpse_size=16,  # enough for few, small objects
     generator="unet-small",  # cheaper than a Segformer, and better without a pretrained backbone
     background="small", background_lr=5e-4, background_steps=800,  # enough for plain backdrops
     background_input=1.0,  # with 255 ARI-FG was 2 and 4 points lower (two seeds)
-    robustness_warmup=0.9,  # robust at once, so small a model would stay a constant grey
-    lr=1e-3, warmup_steps=200, steps=3600, phase2_steps=2250, validate_every=200,  # fewer, larger
-    lr_drop_at=0.75,  # outlines become sharp only after the drop
+    robustness_warmup=1.5,  # robust early, so small a model may stay a constant grey
+    lr=1.2e-3, warmup_steps=150, steps=2900, validate_every=300,  # fewer steps, but larger
+    lr_drop_at=0.82,  # outlines become sharp only after the drop
+    phase2_steps=2400,  # until then: such a rate would harm the background
     log_alpha_0=4.0, s_max=8.0,  # visible sooner, and first glimpses of 14 pixels instead of 5
-    entropy_weight=5e-2, entropy_warmup_steps=2700,  # more, but later: early, queries fall asleep
+    entropy_weight=5e-2, entropy_warmup_steps=2100,  # more, but later: early, queries fall asleep
     residual=True)  # at such rates a random transformer sends all queries to one place
 
 def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Config:
@@ -332,8 +332,8 @@ BACKGROUNDS = {  # (kind, side): encoder, generator, from image to code; as in A
     ("simple", 128): ((3, 64, 160, 320, 160, 160, 32, 16), (4, 144, 256, 512, 256, 256, 32, 16)),
     ("complex", 64): ((3, 64, 160, 320, 160, 16, 16), (4, 144, 640, 1280, 640, 16, 16)),
     ("complex", 128): ((3, 64, 320, 640, 640, 320, 16, 16), (4, 144, 640, 1280, 640, 320, 16, 16)),
-    ("small", 64): ((3, 8, 32, 64, 64, 64, 16), (4, 8, 32, 64, 64, 64, 16)),  # ours, for laptops
-    ("small", 128): ((3, 8, 32, 64, 64, 64, 64, 16), (4, 8, 32, 64, 64, 64, 64, 16))}
+    ("small", 64): ((3, 8, 16, 32, 32, 32, 16), (4, 8, 16, 32, 32, 32, 16)),  # ours, for laptops
+    ("small", 128): ((3, 8, 16, 32, 32, 32, 32, 16), (4, 8, 16, 32, 32, 32, 32, 16))}
 
 class BackgroundBlock(nn.Sequential):
     """Convolve a map, its cells' positions in [-1/2, 1/2] appended; a lone cell's are 1 ([38])."""
@@ -414,7 +414,6 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
             attention = local_softmax(logits, config.window)
         triplets = self.refine(attend(attention, features))  # (n, K, d_phi + 2)
 
-        # With one scale the authors' program takes alpha from z_what; the paper splits as we do.
         s, log_alpha, z_what, xy = triplets.split([self.d_s, 1, config.d_z_what, 2], -1)
         s = config.s_min + (config.s_max - config.s_min) * s.sigmoid()
         x, y = xy.clamp(-1, 1).unbind(-1)
@@ -539,10 +538,6 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
     total = config.background_steps + config.steps
     if saved["t"] == total:
         return
-    scenes = data.load(config.dataset, "train", data_dir, config.limit, config.size)
-    few = min(config.limit or 256, 256)
-    val_scenes = data.load(config.dataset, "val", data_dir, few, config.size)
-
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
     model = ASTSeg(config).to(device)
@@ -554,6 +549,9 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
         file = Path(config.background_from, "background.pt")
         with data.usable(file, "give a run past phase 1, of the same --background and --size"):
             model.background.load_state_dict(torch.load(file, device, weights_only=True))
+    data.load(config.dataset, "test", data_dir, config.limit, config.size)  # fail now, not later
+    val_scenes = data.load(config.dataset, "val", data_dir, config.limit or 256, config.size)
+    scenes = data.load(config.dataset, "train", data_dir, config.limit, config.size)
     if config.compile:  # after a first call, in which the library of b3 prepares itself
         model.eval().segment(torch.zeros(1, 3, config.size, config.size, device=device))
         model.feature_maps.compile()
@@ -598,13 +596,13 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
             optimizer.step()
 
             done = t + 1
+            seconds = time.time() - began
             if RANK > 0:
                 continue
             validate = done % config.validate_every == 0 or done == total
             if validate or done % config.log_every == 0:  # only here we wait for the device
-                line = {"t": done, "phase": phase, "lr": rate}
+                line = {"t": done, "phase": phase, "lr": rate, "seconds": seconds}
                 line |= {name: loss.item() for name, loss in losses.items()}
-                line["seconds"] = time.time() - began
                 if validate:
                     scores = evaluate(model, val_scenes, device)
                     line |= {name: values.mean().item() for name, values in scores.items()}
@@ -620,7 +618,6 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
                 model.train()
             if phase == 1 and done == last:
                 torch.save(model.background.state_dict(), folder / "background.pt")
-            seconds = time.time() - began
             if done == last or seconds - saved["seconds"] > 60 * config.checkpoint_minutes:
                 saved |= {"t": done, "seconds": seconds, "model": model.state_dict(),
                           "optimizer": optimizer.state_dict()}
@@ -699,13 +696,16 @@ def evaluate(model: ASTSeg, scenes: data.Scenes, device: torch.device) -> dict:
 #     K = maximum + 1, or x 2    --slots 11, 20       frozen background model   --curriculum frozen
 #     U-Net for Segformer        --generator unet     anisotropic scaling       --anisotropic
 #     random backbone            --backbone random    baseline training         --curriculum bt
-UNETS = {  # widths from the first convolution to the centre; kernel, stride, padding of the first
-    "unet": ((80, 128, 192, 256, 256, 256), (3, 1, 1)),  # Table 3, whose d_Phi is our K + d_phi
-    "unet-small": ((32, 48, 64, 64, 64), (8, 4, 2))}  # ours, for laptops
+UNETS = {  # widths from the first convolution to the centre; kernel and stride of the first
+    "unet": ((80, 128, 192, 256, 256, 256), (3, 1), nn.ZeroPad2d),  # Table 3; d_Phi: our K + d_phi
+    # Ours. Zeros beyond the border tell convolutions where they are, against Eq. 2.
+    "unet-small": ((32, 32, 48, 64, 64), (8, 4), nn.ReplicationPad2d)}
 
-def conv_block(c, c_out, kernel, stride, padding, conv=nn.Conv2d):
-    conv = conv(c, c_out, kernel, stride, padding, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.CELU(inplace=True))
+def conv_block(c, c_out, kernel, stride, pad, conv=nn.Conv2d, cut=0):
+    """pad: what lies around a map. cut: cells that a transposed convolution removes again."""
+    return nn.Sequential(pad((kernel - stride) // 2),
+                         conv(c, c_out, kernel, stride, cut, bias=False),
+                         nn.BatchNorm2d(c_out), nn.CELU(inplace=True))
 
 class Residual(nn.Sequential):
     def forward(self, x):
@@ -715,17 +715,17 @@ class UNet(nn.Module):
     """Table 3. Images (n, 3, h, w) in [0, 1] -> maps (n, channels, h, w), or h/4 x w/4 (small)."""
     def __init__(self, name, channels):
         super().__init__()
-        widths, first = UNETS[name]
-        self.first = conv_block(3, widths[0], *first)
+        widths, first, pad = UNETS[name]
+        self.first = conv_block(3, widths[0], *first, pad)
         pairs = list(zip(widths, widths[1:]))
         self.down = nn.ModuleList(nn.Sequential(
-            conv_block(c, d, 4, 2, 1), Residual(conv_block(d, d, 3, 1, 1))) for c, d in pairs)
-        self.centre = conv_block(widths[-1], widths[-1], 3, 1, 1)
+            conv_block(c, d, 4, 2, pad), Residual(conv_block(d, d, 3, 1, pad))) for c, d in pairs)
+        self.centre = conv_block(widths[-1], widths[-1], 3, 1, pad)
         self.up = nn.ModuleList(nn.Sequential(
-            Residual(conv_block(2 * d, 2 * d, 3, 1, 1)),
-            conv_block(2 * d, c, 4, 2, 1, nn.ConvTranspose2d)) for c, d in reversed(pairs))
-        self.last = nn.Sequential(conv_block(2 * widths[0], channels, 3, 1, 1),
-                                  Residual(nn.Conv2d(channels, channels, 3, 1, 1)))
+            Residual(conv_block(2 * d, 2 * d, 3, 1, pad)),
+            conv_block(2 * d, c, 4, 2, pad, nn.ConvTranspose2d, 3)) for c, d in reversed(pairs))
+        self.last = nn.Sequential(conv_block(2 * widths[0], channels, 3, 1, pad),
+                                  Residual(pad(1), nn.Conv2d(channels, channels, 3)))
         self.classifier = nn.Conv2d(channels, channels, 1)  # the authors: no bias here and above
 
     def forward(self, images):
@@ -840,7 +840,7 @@ def score(sources: list, dataset: str | None, options: Options, device: torch.de
         limit = options.config.limit
         scenes = data.load(dataset, options.split, options.data_dir, limit, model.config.size)
         run = Path(source if Path(source).is_dir() else f"runs/{source}")
-        folder = run / f"{dataset}-{options.split}-{len(scenes.images)}"
+        folder = run / f"{dataset}-{options.split}-{len(scenes.images)}{scenes.source}"
         print(f"Scoring {source} on {device}; numbers and pictures in {folder}", flush=True)
         scores = evaluate(model, scenes, device)
         means[source] = {name: values.mean().item() for name, values in scores.items()}

@@ -57,6 +57,7 @@ class Dataset:
 class Scenes(NamedTuple):
     images: np.ndarray  # (N, 3, H, W) uint8, RGB
     labels: np.ndarray  # (N, H, W) uint8, 0 = background; 0 throughout where they are unknown
+    source: str = ""  # a checksum of the names, sizes and dates of their files, if they have any
 
 def split_bounds(total, published):
     """{split: range of positions} among `total` scenes: as published, fewer in proportion."""
@@ -359,17 +360,18 @@ def load(name: str, split: str, data_dir="datasets", limit: int = 0, size: int =
         files, decoders = dataset.reader(dataset, path, split)
 
         # The name tells the source, so that another one, or a changed one, makes another cache.
-        facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        checksum = zlib.crc32(repr((CACHE_VERSION, facts)).encode())
+        facts = [(file.relative_to(data_dir).as_posix(), file.stat().st_size,
+                  file.stat().st_mtime_ns) for file in files]
+        source = f"-{zlib.crc32(repr((CACHE_VERSION, facts)).encode()):08x}"
         stem = f"{name}-{dataset.size}-{split}-{limit}"
-        cache = root / f"{stem}-{checksum:08x}.uint8"
+        cache = root / f"{stem}{source}.uint8"
         if not cache.exists():
             write_cache(cache, dataset, decoders, limit)
             for old in set(root.glob(f"{stem}-*")) - {cache}:
                 old.unlink()
     with usable(cache):
         planes = np.memmap(cache, np.uint8, "c").reshape(-1, 4, dataset.size, dataset.size)
-    return Scenes(planes[:, :3], planes[:, 3])
+    return Scenes(planes[:, :3], planes[:, 3], source if facts else "")
 
 # --- Batches ---
 @lru_cache(4)
@@ -455,7 +457,6 @@ def segment_files(paths: list, out: Path, segment: Callable, size: int, device):
     if not files:
         raise UserError(f"There is no image in {', '.join(paths)}; give images or folders.")
     out.mkdir(parents=True, exist_ok=True)
-
     objects = {}
     for file in tqdm(files, desc="segmenting", unit="image"):
         name = file.as_posix()
@@ -464,7 +465,6 @@ def segment_files(paths: list, out: Path, segment: Callable, size: int, device):
         fine = segment(square.permute(2, 0, 1)[None].to(device) / 255, 4 * size, 4 * size)[0]
         flat = Image.fromarray(fine.byte().cpu().numpy()).resize(image.size, Image.NEAREST)
         labels = np.asarray(flat)  # (h, w)
-
         flat.putpalette((255 * PALETTE).astype(np.uint8).tobytes())
         stem = name.replace("_", "__").replace("/", "_")  # no two names become one
         flat.save(out / f"{stem}_labels.png")
