@@ -119,16 +119,15 @@ class Config:
 
 SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default for shapes
     size=64, batch_size=32, background_batch_size=32,  # less to compute in a step
-    d_t=128, d_ff=256, layers=2, d_z_what=24, glimpse_size=16,  # enough for few, small objects
+    d_t=128, d_ff=256, layers=2, glimpse_size=16,  # enough for few objects in 64 x 64 pixels
     generator="unet-small",  # cheaper than a Segformer, and better without a pretrained backbone
     background="small", background_lr=5e-4, background_steps=800,  # enough for plain backdrops
     background_input=1.0,  # with 255 ARI-FG was 2 and 4 points lower (two seeds)
     robustness_warmup=1.5,  # robust early, so small a model may stay a constant grey
-    lr=1.2e-3, warmup_steps=150, steps=2900, validate_every=300,  # fewer steps, but larger
-    lr_drop_at=0.82,  # outlines become sharp only after the drop
-    phase2_steps=2400,  # until then: such a rate would harm the background
+    lr=1.2e-3, warmup_steps=150, steps=3000, phase2_steps=1875,  # fewer steps, but larger
+    lr_drop_at=0.8, validate_every=300,  # outlines become sharp only after the drop
     log_alpha_0=4.0, s_max=8.0,  # visible sooner, and first glimpses of 14 pixels instead of 5
-    entropy_weight=5e-2, entropy_warmup_steps=2100,  # more, but later: early, queries fall asleep
+    entropy_weight=5e-2, entropy_warmup_steps=2250,  # more, but later: early, queries fall asleep
     residual=True)  # at such rates a random transformer sends all queries to one place
 
 def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Config:
@@ -698,7 +697,8 @@ def evaluate(model: ASTSeg, scenes: data.Scenes, device: torch.device) -> dict:
 #     random backbone            --backbone random    baseline training         --curriculum bt
 UNETS = {  # widths from the first convolution to the centre; kernel and stride of the first
     "unet": ((80, 128, 192, 256, 256, 256), (3, 1), nn.ZeroPad2d),  # Table 3; d_Phi: our K + d_phi
-    # Ours. Zeros beyond the border tell convolutions where they are, against Eq. 2.
+    # Ours. Zeros beyond the border tell convolutions where they are, against Eq. 2, and queries
+    # may then settle at places instead of following objects; a border's own values do not.
     "unet-small": ((32, 32, 48, 64, 64), (8, 4), nn.ReplicationPad2d)}
 
 def conv_block(c, c_out, kernel, stride, pad, conv=nn.Conv2d, cut=0):
