@@ -358,7 +358,8 @@ def test_blocks_of_the_small_unet_cannot_tell_places_by_the_border():
     """Of a constant map they make one that repeats itself after 2 cells, the stride of the blocks
     that enlarge it: else Eq. 2 would not hold. With the zeros of Table 3 the border is seen."""
     deviations = []
-    for pad in (nn.ReplicationPad2d, nn.ZeroPad2d):
+    for name in ("unet-small", "unet"):
+        pad = ast_seg.UNETS[name][2]
         shapes = [(8, 4, pad), (4, 2, pad), (3, 1, pad), (4, 2, pad, nn.ConvTranspose2d, 3)]
         blocks = [ast_seg.conv_block(3, 3, *shape).eval() for shape in shapes]
         outs = [block(torch.ones(1, 3, 16, 16)) for block in blocks]
@@ -1142,7 +1143,7 @@ REFUSED = {  # what the answer names: what is asked for in the folder `mine`, on
     "other settings (lr, entropy_weight)": "--out=run,--lr=0.5,--entropy-weight=7",
     "The model ": "--eval --model=nobody/none --model=bert --model=half --model=part",
     "background.pt is of no use": "--background-from=thesis --background-from=RUN,--size=128",
-    "The backbone ": "--generator=b3 --generator=b3,--backbone=vit",
+    "The backbone ": "--generator=b3 --generator=b3,--backbone=vit,--dataset=folder",
     "no image in": "--segment,thesis,--model=RUN",
     "photos/text.png": "--segment,photos/text.png,--model=RUN",
     "nothing there": "--dataset=folder,--data-dir=thesis,--backbone=random"}
@@ -1161,6 +1162,17 @@ def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(
     (line,) = [line for line in lines if line.strip() and "/s]" not in line]  # no progress bars
     assert line.startswith("ast_seg.py: ") and named in line
     assert contents(mine) == before and not contents(tmp_path)
+
+def test_damaged_test_scenes_are_refused_before_the_training(
+        tmp_path, arguments, monkeypatch, capsys):
+    def load(name, split, *more):
+        with data.usable("a file"):
+            assert split != "test", "it is cut"
+        return whole(name, split, *more)
+    whole = data.load
+    monkeypatch.setattr(data, "load", load)
+    assert ast_seg.main(arguments(tmp_path / "run")) == 2
+    assert "it is cut" in capsys.readouterr().err and not contents(tmp_path)
 
 # --- The program: README.md ---------------------------------------------------------------------
 def test_the_map_of_the_readme_is_true_and_all_commands_can_be_parsed():
