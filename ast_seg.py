@@ -532,7 +532,7 @@ def average_gradients(model: ASTSeg):
 
 def train(config: Config, folder: Path, data_dir: str, device: torch.device):
     """Train in three phases, or go on where the run in `folder` stopped, to the same weights: all
-    that is random depends on (seed, step), but for gradients of grid_sample and borders on GPUs."""
+    that is random depends on (seed, step), but gradients of grid_sample and borders on GPUs."""
     saved = data.load_checkpoint(folder, asdict(config))
     total = config.background_steps + config.steps
     if saved["t"] == total:
