@@ -54,7 +54,7 @@ class Config:
     adam_epsilon: float = 1e-9  # Adam epsilon: tiny, as the first gradients are (see log_alpha_0)
     steps: int = 125_000  # steps of phases 2 and 3 together; their schedule scales with it
     phase2_steps: int = 30_000  # of these, steps of phase 2
-    warmup_steps: int = 5000  # quadratic warm-up of the rate 
+    warmup_steps: int = 5000  # quadratic warm-up of the rate
     entropy_warmup_steps: int = 10_000  # N_pixel, quadratic warm-up of lambda_pixel (Eq. 22)
     log_alpha_0: float = 11.0  # log of alpha_0, the background's activation before training
     d_z_what: int = 32  # numbers in z_what, an object's appearance
@@ -695,7 +695,7 @@ def evaluate(model: ASTSeg, scenes: data.Scenes, device: torch.device) -> dict:
 #     K = maximum + 1, or x 2    --slots 11, 20       frozen background model   --curriculum frozen
 #     U-Net for Segformer        --generator unet     anisotropic scaling       --anisotropic
 #     random backbone            --backbone random    baseline training         --curriculum bt
-UNETS = {  # widths from the first convolution to the centre; kernel and stride of the first
+UNETS = {  # widths, the first convolution's to the centre's; its kernel and stride; the borders
     "unet": ((80, 128, 192, 256, 256, 256), (3, 1), nn.ZeroPad2d),  # Table 3; d_Phi: our K + d_phi
     # Ours. Zeros beyond the border tell convolutions where they are, against Eq. 2, and queries
     # may then settle at places instead of following objects; a border's own values do not.

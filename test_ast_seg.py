@@ -298,11 +298,12 @@ def trace(network, *inputs):
     """Its layers in turn, as rows of Table 2: of convolutions kernel, size, channels, stride and
     padding, then norm and activation."""
     words = []
-    pads = [0]
+    pad = 0
 
     def note(layer, args, out):
+        nonlocal pad
         if isinstance(layer, nn.ZeroPad2d):  # what the next convolution would do itself
-            pads[0] = layer.padding[0]
+            pad = layer.padding[0]
             return
         row = type(layer).__name__
         if isinstance(layer, nn.GroupNorm):
@@ -311,8 +312,8 @@ def trace(network, *inputs):
             row += f" {layer.kernel_size[0]} {out.shape[2]} {out.shape[1]}"
             stride = layer.stride[0]
             more = -stride if isinstance(layer, nn.ConvTranspose2d) else 1  # it cuts its output
-            row += f" {stride} {layer.padding[0] + more * pads.pop()}"
-            pads.append(0)
+            row += f" {stride} {layer.padding[0] + more * pad}"
+            pad = 0
             row += " bias" * (layer.bias is not None)
         if len(args[0]) == len(inputs[0]):  # not what is computed once for all of the batch
             words.append(row)
