@@ -17,11 +17,16 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+if __name__ == "__main__":  # Ctrl-C during the slow imports just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -78,7 +83,6 @@ class Config:
     lr_drop_at: float = 0.9  # share of the steps after which the learning rate is a tenth
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 where a GPU has it
     window: int = 0  # local soft-argmax, over window x window cells (odd); 0: over all
-    mask_noise: float = 0.0  # noise on the masks in training, instead of the entropy loss (0.4)
 
     # What SMALL needs to learn in minutes; these defaults leave the paper's training as it is
     background_input: float = 255.0  # what its encoder sees for 1: beside 255, positions fade
@@ -91,8 +95,7 @@ class Config:
     seed: int = 0  # of the weights, the batches and the dropout
     limit: int = 0  # use at most so many scenes of each split; 0: all
     log_every: int = 50  # steps between two lines of log.jsonl
-    validate_every: int = 2500  # steps between two scores and pictures of validation scenes
-    checkpoint_minutes: float = 5.0  # between two checkpoints; one more ends each phase
+    validate_every: int = 2500  # steps between two checkpoints, scores and pictures on the way
 
     def __post_init__(self):
         if self.background_from:
@@ -106,7 +109,7 @@ class Config:
             batch_size=2, background_batch_size=1, steps=1, slots=1, d_z_what=1, d_t=1, d_ff=1,
             heads=1, s_min=1, log_every=1, validate_every=1, log_alpha_0=-1e6)
         for name, value in asdict(self).items():
-            most = 1 if "beta" in name else 1e12
+            most = 256 if name == "slots" else 1 if "beta" in name else 1e12  # labels are bytes
             if not isinstance(value, str) and not least.get(name, 0) <= value < most:
                 flag = name.replace("_", "-")
                 raise data.UserError(f"--{flag} must be from {least.get(name, 0)} to {most:g}.")
@@ -139,6 +142,8 @@ def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Conf
         config.background_steps = 500_000
     if small:
         config = replace(config, **SMALL)
+    if known.background == "simple":  # one that never varies is found at once
+        config.robustness_warmup = 0.0
     if steps > 0:
         for name in ("phase2_steps", "warmup_steps", "entropy_warmup_steps", "steps"):
             setattr(config, name, math.ceil(getattr(config, name) * steps / config.steps))
@@ -421,8 +426,6 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
     def draw(self, latents: Latents, h: int, w: int) -> tuple[Tensor, Tensor]:
         """The objects in place: L_k (n, K, 3, h, w) and M_k (n, K, h, w), both in [0, 1]."""
         glimpses = self.glimpse_generator(latents.z_what.flatten(0, 1))  # (n K, 4, g, g)
-        if self.training and self.config.mask_noise:
-            glimpses = add_mask_noise(glimpses, self.config.mask_noise)
         x, y, s = latents.x.flatten(), latents.y.flatten(), latents.s.flatten(0, 1)
         placed = spatial_transformer(glimpses, x, y, s, h, w).unflatten(0, latents.x.shape)
         layers, masks = placed.split([3, 1], 2)  # slices would have full-size gradients of zeros
@@ -443,6 +446,10 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
     @torch.no_grad()
     def segment(self, images: Tensor, h: int = 0, w: int = 0) -> Tensor:
         """images (n, 3, size, size) -> labels (n, h or size, w or size): layers of most weight."""
+        size = self.config.size
+        if images.shape[1:] != (3, size, size) or not images.is_floating_point():
+            raise ValueError(f"images must be float (n, 3, {size}, {size}) in [0, 1], "
+                             f"not {images.dtype} {tuple(images.shape)}")
         latents = self.encode(images)
         _, masks = self.draw(latents, h or images.shape[2], w or images.shape[3])
         return layer_weights(masks, latents.log_alpha, self.log_alpha_0).argmax(1)
@@ -521,9 +528,8 @@ RANK = int(os.environ.get("RANK", 0))  # torchrun starts WORLD processes and num
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # each takes an equal share of every batch
 DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
-def average_gradients(model: ASTSeg):
+def average_gradients(gradients: list):
     """Over all processes. DistributedDataParallel needs `forward`, which phase 1 does not call."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     total = torch.cat([gradient.flatten() for gradient in gradients])
     with data.usable("Another process of this run", "see its message; the same command goes on"):
         torch.distributed.all_reduce(total)
@@ -534,8 +540,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
     """Train in three phases, or go on where the run in `folder` stopped, to the same weights: all
     that is random depends on (seed, step), but gradients of grid_sample and borders on GPUs."""
     saved = data.load_checkpoint(folder, asdict(config))
-    total = config.background_steps + config.steps
-    if saved["t"] == total:
+    if saved["t"] == config.background_steps + config.steps:
         return
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
@@ -560,10 +565,11 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if RANK == 0:  # it alone writes and shows; where the disk refuses, fail now, not after hours
-        data.save_checkpoint(folder, saved)
+        data.save_checkpoint(folder, saved, model)
         print(f"Training on {len(scenes.images)} scenes of {config.dataset}, on {device} with "
               f"{torch.get_num_threads()} threads, into {folder}", flush=True)
     began = time.time() - saved["seconds"]  # as if there had been no interruption
+    skipped_in_a_row = 0
 
     for phase, (first, last) in phase_bounds(config).items():
         start = max(first, saved["t"])
@@ -587,40 +593,54 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
             rate = learning_rate(config, phase, t)
             optimizer.param_groups[0]["lr"] = rate
 
+            buffers = [buffer.clone() for buffer in model.buffers()]
             model.zero_grad()  # before the forward pass, which old gradients would live through
             loss, losses = training_loss(model, images / 255, phase, t)
             loss.backward()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
             if WORLD > 1:
-                average_gradients(model)
-            optimizer.step()
+                average_gradients(gradients)
+
+            # Where the loss is not finite, nor is this norm, nor would Adam's moments be from then
+            # on. Such a step leaves no trace.
+            if torch.nn.utils.get_total_norm(gradients).isfinite():
+                optimizer.step()
+                skipped_in_a_row = 0
+            else:
+                for buffer, before in zip(model.buffers(), buffers):
+                    buffer.copy_(before)
+                saved["skipped"] += 1
+                skipped_in_a_row += 1
+            if skipped_in_a_row == 10:
+                raise data.UserError(f"Ten steps in a row, up to {t}, were not finite. The last "
+                                     "checkpoint is good; start anew with a smaller --lr.")
 
             done = t + 1
-            seconds = time.time() - began
             if RANK > 0:
                 continue
-            validate = done % config.validate_every == 0 or done == total
-            if validate or done % config.log_every == 0:  # only here we wait for the device
-                line = {"t": done, "phase": phase, "lr": rate, "seconds": seconds}
-                line |= {name: loss.item() for name, loss in losses.items()}
-                if validate:
+            save = done % config.validate_every == 0 or done == last
+            if save or done % config.log_every == 0:
+                line = {"t": done, "phase": phase, "lr": rate, "skipped": saved["skipped"],
+                        "seconds": time.time() - began}
+                for name, loss in losses.items():
+                    line[name] = loss.item() if loss.isfinite() else None  # JSON has no NaN
+                if save:
                     scores = evaluate(model, val_scenes, device)
                     line |= {name: values.mean().item() for name, values in scores.items()}
                 saved["log"].append(line)
                 with open(folder / "log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
                 bar.set_postfix({k: line[k] for k in (*losses, "mIoU", "ARI-FG") if k in line})
-            if validate:
+            if save:
                 frame = folder / f"frames/{done:07}.png"
                 draw_segmentations(model, val_scenes, frame, f"phase {phase}, step {done}")
                 draw_curves(config, saved["log"], folder / "curves.png")
-                model.save_pretrained(folder / "model")
-                model.train()
-            if phase == 1 and done == last:
-                torch.save(model.background.state_dict(), folder / "background.pt")
-            if done == last or seconds - saved["seconds"] > 60 * config.checkpoint_minutes:
-                saved |= {"t": done, "seconds": seconds, "model": model.state_dict(),
+                if phase == 1:
+                    data.save(model.background.state_dict(), folder / "background.pt")
+                saved |= {"t": done, "seconds": line["seconds"], "model": model.state_dict(),
                           "optimizer": optimizer.state_dict()}
-                data.save_checkpoint(folder, saved)
+                data.save_checkpoint(folder, saved, model)
+                model.train()
 
 # --- 5. Experimental results: metrics -----------------------------------------------------------
 def contingency(pred: Tensor, true: Tensor, labels: int) -> Tensor:
@@ -748,11 +768,6 @@ def local_softmax(logits: Tensor, window: int) -> Tensor:
     columns = (torch.arange(w, device=logits.device) - peak % w).abs() <= window // 2  # (..., w)
     return spatial_softmax(logits.where(rows[..., None] & columns[..., None, :], -math.inf))
 
-def add_mask_noise(glimpses: Tensor, amount: float) -> Tensor:
-    """Not in this paper: noise that masks of 0 and 1 alone do not mind (DTI-Sprites, C.4)."""
-    noise = amount * (2 * torch.rand_like(glimpses[:, 3:]) - 1)
-    return torch.cat([glimpses[:, :3], (glimpses[:, 3:] + noise).clamp(0, 1)], 1)
-
 # --- The pictures of a run ----------------------------------------------------------------------
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
@@ -788,7 +803,7 @@ def draw_curves(config: Config, log: list, path: Path):
     panels = (("background", "reconstruction", "entropy"), ("mIoU", "ARI-FG", "MSC-FG"))
     for axis, names in zip(axes, panels):
         for name in names:
-            points = [(line["t"], line[name]) for line in log if name in line]
+            points = [(line["t"], line[name]) for line in log if line.get(name) is not None]
             axis.plot(*np.reshape(points, (-1, 2)).T, ".-", ms=3, lw=1, label=name)
         for phase, (first, last) in phase_bounds(config).items():
             axis.axvspan(first, last, color="gray", alpha=0.1 * (phase - 1), lw=0)
@@ -806,7 +821,7 @@ class Options:
     config: tyro.conf.OmitArgPrefixes[Config]
     small: bool = False  # a laptop's settings (SMALL), as for shapes
     data_dir: str = "datasets"  # where the files are, or are downloaded to
-    out: str = ""  # folder of the run (default: runs/DATASET), or of the segments
+    out: str = ""  # folder of the run (default: runs/DATASET or runs/DATASET-small), or of segments
     device: str = DEVICE  # where to compute: cpu, cuda, cuda:1
     eval: bool = False  # only score the run, or each --model
     model: list[str] = field(default_factory=list)  # folders of runs, or hub names, to score
@@ -825,56 +840,86 @@ def parse(arguments) -> tuple[Options, str | None]:
     default = Options(preset(dataset, small, given.steps), small)
     return tyro.cli(Options, args=arguments, default=default), given.dataset
 
-def load_model(source, device: torch.device) -> ASTSeg:
+def load_model(source: str, device: torch.device) -> ASTSeg:
     """The model of a run, of a folder of its own, or of a hub name, in evaluation mode."""
-    folder = Path(source, "model") if Path(source, "model").is_dir() else source
+    folder = Path(source)
+    like_a_hub_name = source.count("/") == 1 and not source.startswith(("runs/", "/", "."))
     with data.usable(f"The model {source}", "train one, or give a run's folder or a hub name"):
-        return ASTSeg.from_pretrained(folder, strict=True).to(device).eval()
+        assert folder.is_dir() or like_a_hub_name, "there is no such folder"
+        try:
+            model = ASTSeg.from_pretrained(source, strict=True)
+        except Exception:  # a damaged model, or none yet: a run's checkpoint has it, too
+            if not (folder / "checkpoint.pt").exists():
+                raise
+            saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            assert "model" in saved, "its training has saved none yet"
+            model = ASTSeg(Config(**saved["config"]))
+            model.load_state_dict(saved["model"])
+            model.save_pretrained(folder)
+    if data.trainer(folder):
+        print(f"{data.trainer(folder)} trains in {source}; this is the model it saved last")
+    return model.to(device).eval()
 
 def score(sources: list, dataset: str | None, options: Options, device: torch.device):
     """Score models, leave numbers and pictures in their folders, and print the mean scores."""
     means = {}
+    failures = []
     for source in sources:
-        model = load_model(source, device)
+        try:
+            model = load_model(source, device)
+        except data.UserError as error:
+            failures.append(str(error))
+            continue
         dataset = dataset or model.config.dataset
         limit = options.config.limit
         scenes = data.load(dataset, options.split, options.data_dir, limit, model.config.size)
+        files = f"{dataset}-{options.split}-{len(scenes.images)}{scenes.source}"
         run = Path(source if Path(source).is_dir() else f"runs/{source}")
-        folder = run / f"{dataset}-{options.split}-{len(scenes.images)}{scenes.source}"
+        # What --eval finds does not replace what the run itself has found.
+        folder = run / (f"eval-{files}" if options.eval or options.model else files)
         print(f"Scoring {source} on {device}; numbers and pictures in {folder}", flush=True)
         scores = evaluate(model, scenes, device)
         means[source] = {name: values.mean().item() for name, values in scores.items()}
         folder.mkdir(parents=True, exist_ok=True)
-        results = {**means[source], "torch": torch.__version__, "config": asdict(model.config)}
+        results = {**means[source], "scenes": files, "torch": torch.__version__,
+                   "config": asdict(model.config)}
         (folder / "results.json").write_text(json.dumps(results))
         np.savez(folder / "scores.npz", **scores)
         draw_segmentations(model, scenes, folder / "segmentations.png")
-    data.print_scores(dataset, means)
+    if means:
+        data.print_scores(dataset, means)
+    if failures:
+        raise data.UserError(" ".join(failures))
 
 def main(arguments=None) -> int:
-    """Returns the exit code: 0, 2 for what cannot be done, 130 if the user stopped it."""
+    """Returns the exit code: 0, 1 for what was done in part, 2 for what cannot be done, 130 if
+    the user stopped it."""
     try:
         options, dataset = parse(arguments)
         with data.usable(f"--device {options.device}", "choose another one"):
             device = torch.zeros(1, device=options.device).device
-        run = f"runs/{options.config.dataset}"
+        run = f"runs/{options.config.dataset}" + options.small * "-small"
         if options.segment:
+            if options.eval or len(options.model) > 1:
+                raise data.UserError("--segment takes one --model and no --eval; leave out more.")
             model = load_model((options.model or [run])[0], device)
             out = Path(options.out or "segments")
             data.segment_files(options.segment, out, model.segment, model.config.size, device)
             return 0
         run = options.out or run
         if not options.eval and not options.model:
-            train(options.config, Path(run), options.data_dir, device)
+            with data.claim(Path(run)) if RANK == 0 else nullcontext():
+                train(options.config, Path(run), options.data_dir, device)
         if RANK == 0:  # one of several processes scores
             score(options.model or [run], dataset, options, device)
         return 0
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
-    except (data.UserError, OSError) as error:
+    except (data.UserError, OSError) as error:  # OSError: a full disk, a folder that is gone
         print(f"ast_seg.py: {error}", file=sys.stderr)
         return 2
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -6,6 +6,7 @@
 import itertools
 import json
 import os
+import platform
 import re
 import shutil
 import zlib
@@ -19,7 +20,7 @@ from typing import Callable, NamedTuple
 import google_crc32c
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huggingface_hub.file_download import http_get
 from matplotlib import colormaps, colors
 from PIL import Image, ImageOps
@@ -401,30 +402,61 @@ def batches(scenes: Scenes, batch_size: int, seed: int, start: int, stop: int,
     return prefetch(gather, range(start, stop), depth=4)
 
 # --- The files of a run: checkpoints, scores, images of one's own ---
-def save_checkpoint(folder: Path, state: dict):
-    """Write checkpoint.pt, under another name until it is whole, and log.jsonl in its state."""
+def claim(folder: Path):
+    """A context in which no other process trains in a run's folder. Raises UserError."""
+    ours = any((folder / name).exists() for name in ("checkpoint.pt", "model.safetensors"))
+    files = [path for path in (folder, *folder.rglob("*")) if path.is_file()]
+    if not ours and any(path.name != ".lock" and path.suffix != ".part" for path in files):
+        raise UserError(f"{folder} is not empty, and no run of ours; choose another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        context = lock.acquire()
+    except Timeout:
+        raise UserError(f"{trainer(folder)} trains in {folder}; choose another --out.") from None
+    (folder / ".lock").write_text(f"Process {os.getpid()} on {platform.node()}")
+    return context
+
+def trainer(folder: Path) -> str:
+    """Which process trains in a run's folder now, or nothing."""
+    try:
+        if (folder / ".lock").exists():
+            FileLock(folder / ".lock", timeout=0).acquire().lock.release()
+        return ""
+    except Timeout:
+        return (folder / ".lock").read_text()
+
+def save(state: dict, file: Path):
+    """torch.save, under another name until the file is whole."""
+    part = file.with_name(f"{file.name}.part")
+    with usable(file.parent, "make room there, and the same command goes on"):
+        torch.save(state, part)
+        part.replace(file)
+
+def save_checkpoint(folder: Path, state: dict, model):
+    """Write checkpoint.pt, log.jsonl as it was then, and the model for `from_pretrained`."""
     (folder / "frames").mkdir(parents=True, exist_ok=True)
-    part = folder / "checkpoint.pt.part"
-    torch.save(state, part)
-    part.replace(folder / "checkpoint.pt")
+    save(state, folder / "checkpoint.pt")
     log = "".join(json.dumps(line) + "\n" for line in state["log"])
     (folder / "log.jsonl").write_text(log)
+    if state["t"] > 0:
+        with usable(folder, "make room there; its checkpoint is whole"):
+            model.save_pretrained(folder)
 
 def load_checkpoint(folder: Path, config: dict) -> dict:
     """What was saved, or the start of a new run. Raises UserError if it is not this run's."""
+    start = {"config": config, "t": 0, "seconds": 0.0, "log": [], "skipped": 0}
     file = folder / "checkpoint.pt"
-    saved = {"config": config, "t": 0, "seconds": 0.0, "log": []}
-    if file.exists():
-        with usable(file, "move its folder away to start anew, or choose another --out"):
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-            changed = [name for name, value in config.items() if saved["config"].get(name) != value
-                       and not name.endswith(("_every", "_minutes"))]
-        if changed and saved["t"]:
-            raise UserError(f"{folder} is a run with other settings ({', '.join(changed)}); "
-                            "repeat its flags, or choose another --out.")
-    elif any(path.is_file() and path.suffix != ".part" for path in (folder, *folder.rglob("*"))):
-        raise UserError(f"{folder} is not empty, and no run of ours; choose another --out.")
-    return saved | {"config": config}
+    if not file.exists() and not (folder / "model.safetensors").exists():
+        return start
+    with usable(file, "the run cannot go on, but --eval scores its model; choose another --out"):
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        changed = [name for name, value in config.items() if saved["config"].get(name) != value
+                   and not name.endswith("_every")]
+    if changed and saved["t"]:
+        raise UserError(f"{folder} is a run with other settings ({', '.join(changed)}); "
+                        "repeat its flags, or choose another --out.")
+    return start | saved | {"config": config}
 
 def print_scores(name: str, runs: dict[str, dict]):
     """Print the mean scores of runs on a set. runs: by name, mean by metric."""

@@ -15,7 +15,9 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -484,16 +486,6 @@ def test_no_activation_overflows(log_alpha_0, log_alphas):
     (ast_seg.pixel_entropy_loss(weights) + (weights * torch.rand(2, 4, 5, 6)).sum()).backward()
     assert all(tensor.grad.isfinite().all() for tensor in inputs)
 
-def test_mask_noise_is_uniform_within_0_and_1_and_there_in_training_alone():
-    """DTI-Sprites, C.4. Colours have none."""
-    noisy = ast_seg.add_mask_noise(torch.full((9, 4, 64, 64), 0.3), 0.4)  # from -0.1 to 0.7
-    assert (noisy[:, :3] == 0.3).all() and noisy.min() == 0
-    close(torch.histc(noisy[:, 3], 8, -0.1, 0.7) / 9 / 64 ** 2, [0, 1 / 4, *6 * [1 / 8]], 0.01)
-    model = ast_seg.ASTSeg(tiny(mask_noise=0.4))
-    latents = model.encode(torch.rand(2, 3, 64, 64))
-    a, b, noisy = (model.train(mode).draw(latents, 64, 64)[1] for mode in (False, False, True))
-    assert torch.equal(a, b) and not torch.equal(a, noisy)
-
 def many_labels(**given):
     """A model that shows objects before any training."""
     model = ast_seg.ASTSeg(tiny(log_alpha_0=-1.0, s_max=2.5, **given))
@@ -511,6 +503,10 @@ def test_segment_is_the_arg_max_of_the_weights_and_never_calls_the_background_mo
     assert torch.equal(model.segment(images), scene.weights.argmax(1))
     assert torch.equal(model.segment(images, 32, 128), wide)  # in any size
     assert len(wide.unique()) > 1 and 0 in wide
+
+    for wrong in (images[0], images[:, :, 1:], (255 * images).byte()):
+        with pytest.raises(ValueError, match=r"float \(n, 3, 64, 64\) in \[0, 1\], not torch"):
+            model.segment(wrong)
 
 # --- 4.1 The background model, reference [38] ---------------------------------------------------
 FACTS = {  # kind and image side: channels of the encoder; of the generator, from image to code
@@ -759,10 +755,10 @@ def test_evaluate_scores_every_scene_in_percent(tmp_path):
 
 # --- From here on the tests guard the program; skip them on a first reading ---------------------
 def contents(folder):
-    """{path: bytes} of all files in a folder, but for caches."""
+    """{path: bytes} of all files in a folder, but for caches and locks."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files
-            if ".cache" not in path.parts}
+            if ".cache" not in path.parts and path.name != ".lock"}
 
 def flag(name, value):
     return f"--{name.replace('_', '-')}={value}"
@@ -789,8 +785,8 @@ def test_a_preset_is_the_facts_of_its_set_then_small_then_a_schedule_in_proporti
         **facts, steps=1250, phase2_steps=300, warmup_steps=50, entropy_warmup_steps=100)
 
 # --- The program: a run, and its interruptions --------------------------------------------------
-CONFIG = tiny(lr=0.01, log_alpha_0=0.0, s_max=3.0, mask_noise=0.1)  # blurred, visible objects
-RUN = [flag(name, getattr(CONFIG, name)) for name in (*TINY, "log_alpha_0", "mask_noise")]
+CONFIG = tiny(lr=0.01, log_alpha_0=0.0, s_max=3.0)  # blurred, visible objects
+RUN = [flag(name, getattr(CONFIG, name)) for name in (*TINY, "log_alpha_0")]
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
@@ -808,9 +804,8 @@ def finished(tmp_path_factory, arguments):
 def test_a_run_leaves_a_model_a_log_pictures_and_the_scores_of_that_model(finished, arguments):
     scored = ("results.json", "scores.npz", "segmentations.png")
     assert contents(finished).keys() == {
-        "checkpoint.pt", "background.pt", "log.jsonl", "curves.png", "model/README.md",
-        "model/config.json", "model/model.safetensors",
-        *(f"frames/{t:07}.png" for t in (6, 12, 18)),
+        "checkpoint.pt", "background.pt", "log.jsonl", "curves.png", "README.md",
+        "config.json", "model.safetensors", *(f"frames/{t:07}.png" for t in (6, 12, 14, 18)),
         *(f"shapes-test-12/{name}" for name in scored)}
     for picture in finished.rglob("*.png"):
         assert np.asarray(Image.open(picture).convert("L")).std() > 10  # not blank
@@ -820,16 +815,17 @@ def test_a_run_leaves_a_model_a_log_pictures_and_the_scores_of_that_model(finish
         assert (line["t"], line["phase"]) == (t + 1, phase)
         assert line["lr"] == ast_seg.learning_rate(CONFIG, phase, t)
         losses = {"background"} if phase == 1 else {"reconstruction", "entropy"}
-        scores = {*ast_seg.METRICS, "MSE"} if line["t"] % 6 == 0 else set()
-        assert line.keys() == {"t", "phase", "seconds", "lr"} | losses | scores
+        scores = {*ast_seg.METRICS, "MSE"} if line["t"] in (6, 12, 14, 18) else set()
+        assert line.keys() == {"t", "phase", "seconds", "lr", "skipped"} | losses | scores
 
-    model = ast_seg.load_model(finished, CPU)
+    model = ast_seg.ASTSeg.from_pretrained(finished)
     last = torch.load(finished / "checkpoint.pt")["model"]
     assert all(torch.equal(value, last[name]) for name, value in model.state_dict().items())
     scenes = data.load("shapes", "test", arguments("")[1].removeprefix("--data-dir="), 12)
     truth = ast_seg.evaluate(model, scenes, CPU)
     results = json.loads((finished / "shapes-test-12/results.json").read_text())
     assert results.pop("config") == asdict(CONFIG) and results.pop("torch") == torch.__version__
+    assert results.pop("scenes") == "shapes-test-12"
     assert results == {name: values.mean() for name, values in truth.items()}
     scores = np.load(finished / "shapes-test-12/scores.npz")
     assert all(np.array_equal(scores[name], truth[name]) for name in results)
@@ -844,6 +840,7 @@ def test_wherever_a_run_is_killed_the_same_command_goes_on_to_the_same_bits(
     folder = tmp_path / "run"
     training_loss = ast_seg.training_loss
     save = torch.save
+    export = ast_seg.ASTSeg.save_pretrained
 
     def deadly_loss(model, images, phase, t):
         if killed == ("step", t):
@@ -855,12 +852,19 @@ def test_wherever_a_run_is_killed_the_same_command_goes_on_to_the_same_bits(
         if killed == ("save", state.get("t")):
             os.truncate(file, 999)
             raise Killed
+
+    def deadly_export(model, folder):
+        Path(folder, "model.safetensors").write_bytes(b"half")
+        if killed == ("export", torch.load(folder / "checkpoint.pt")["t"]):
+            raise Killed
+        export(model, folder)
     monkeypatch.setattr(ast_seg, "training_loss", deadly_loss)
     monkeypatch.setattr(torch, "save", deadly_save)
+    monkeypatch.setattr(ast_seg.ASTSeg, "save_pretrained", deadly_export)
     for killed, left in (  # and how many steps are in the checkpoint that this leaves
             (("save", 0), None), (("step", 0), 0), (("step", 3), 0),
-            (("save", 6), 0), (("step", 6), 6), (("step", 9), 6),  # where phase 2 begins,
-            (("save", 14), 6), (("step", 14), 14), (("step", 17), 14)):  # and 3
+            (("save", 6), 0), (("step", 6), 6), (("step", 9), 6),  # where phase 2 begins, and 3:
+            (("export", 12), 12), (("save", 14), 12), (("step", 14), 14), (("step", 17), 14)):
         with pytest.raises(Killed):
             ast_seg.main(arguments(folder))
         if left is not None:
@@ -872,7 +876,7 @@ def test_wherever_a_run_is_killed_the_same_command_goes_on_to_the_same_bits(
 
     truth = contents(finished)
     ours = contents(folder)
-    for name in ("model/model.safetensors", "shapes-test-12/scores.npz"):
+    for name in ("model.safetensors", "shapes-test-12/scores.npz"):
         assert ours[name] == truth[name]
     logs = [[line | {"seconds": 0} for line in read_log(run)] for run in (folder, finished)]
     assert logs[0] == logs[1]
@@ -880,7 +884,7 @@ def test_wherever_a_run_is_killed_the_same_command_goes_on_to_the_same_bits(
 def test_so_it_does_after_a_real_process_was_killed(finished, tmp_path, arguments, no_pictures):
     folder = tmp_path / "run"
     log = folder / "log.jsonl"
-    command = [sys.executable, ast_seg.__file__, *arguments(folder, "--checkpoint-minutes=0")]
+    command = [sys.executable, ast_seg.__file__, *arguments(folder, "--validate-every=1")]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=one_thread, stderr=subprocess.DEVNULL)
     while not log.exists() or log.read_text().count("\n") < 7:
@@ -888,21 +892,100 @@ def test_so_it_does_after_a_real_process_was_killed(finished, tmp_path, argument
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
+    assert 1 < torch.load(folder / "checkpoint.pt")["t"] < 18
     assert ast_seg.main(arguments(folder)) == 0
-    for name in ("model/model.safetensors", "shapes-test-12/scores.npz"):
+    for name in ("model.safetensors", "shapes-test-12/scores.npz"):
         assert contents(folder)[name] == contents(finished)[name]
 
 def test_a_finished_run_is_only_scored_which_ctrl_c_ends(finished, arguments, monkeypatch, capsys):
     before = contents(finished)
     monkeypatch.setattr(ast_seg, "training_loss", lambda *_: pytest.fail("nothing is left to do"))
-    for more in (("--log-every=5", "--checkpoint-minutes=7"), ("--eval", "--lr=7")):
-        (finished / "shapes-test-12/segmentations.png").unlink()
-        assert ast_seg.main(arguments(finished, *more)) == 0 and contents(finished) == before
+    (finished / "shapes-test-12/segmentations.png").unlink()
+    for more in (("--log-every=5", "--validate-every=7"), ("--eval", "--lr=7")):
+        assert ast_seg.main(arguments(finished, *more)) == 0
+        after = contents(finished)
+        assert {name: after[name] for name in before} == before
+        assert {name.removeprefix("eval-") for name in after} == before.keys()
         assert "Training" not in capsys.readouterr().out
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     monkeypatch.setattr(ast_seg, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
     assert ast_seg.main(arguments(finished)) == 130 and "Stopped" in capsys.readouterr().err
+
+def test_one_process_at_a_time_trains_in_a_folder(finished, arguments, capsys):
+    """Meanwhile others score its model."""
+    before = contents(finished)
+    with data.claim(finished):
+        assert ast_seg.main(arguments(finished)) == 2
+        assert f"Process {os.getpid()} on " in capsys.readouterr().err
+        assert contents(finished) == before
+        assert ast_seg.main(arguments(finished, "--eval")) == 0
+        assert f"Process {os.getpid()} on " in capsys.readouterr().out
+    assert ast_seg.main(arguments(finished)) == 0
+
+@pytest.mark.parametrize("bad", [{2, 3, 8}, set(range(7, 18))])
+def test_a_step_that_is_not_finite_leaves_no_trace(bad, tmp_path, monkeypatch, no_pictures):
+    """Ten in a row end the run, and the last checkpoint is a good one."""
+    training_loss = ast_seg.training_loss
+    states = []
+
+    def loss(model, images, phase, t):
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+        loss, losses = training_loss(model, images * math.nan if t in bad else images, phase, t)
+        return loss, losses
+    monkeypatch.setattr(ast_seg, "training_loss", loss)
+    if len(bad) < 10:
+        log = train(tmp_path)
+    else:
+        with pytest.raises(data.UserError, match="up to 16, .* smaller --lr"):
+            train(tmp_path)
+        saved = torch.load(tmp_path / "checkpoint.pt")
+        log = read_log(tmp_path)[:saved["t"]]
+        states.append(saved["model"])
+        assert saved["t"] == 14 and saved["skipped"] == 7
+    for t, (one, other) in enumerate(itertools.pairwise(states)):
+        assert all(torch.equal(one[name], other[name]) for name in one) == (t in bad)
+    assert all(value.isfinite().all() for value in states[-1].values())
+    for line in log:
+        lost = line["t"] - 1 in bad
+        assert line["skipped"] == sum(t < line["t"] for t in bad)
+        assert (None in line.values()) == lost and "NaN" not in json.dumps(line)
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_scenes_without_anything_do_no_harm(precision, tmp_path, monkeypatch, no_pictures):
+    images = np.zeros((9, 3, 64, 64), np.uint8)  # black,
+    images[3:6] = 255  # white,
+    images[6:] = np.array([200, 30, 90])[:, None, None]  # or of one colour
+    scenes = data.Scenes(images, np.zeros((9, 64, 64), np.uint8))
+    monkeypatch.setattr(data, "load", lambda *_: scenes)
+    log = train(tmp_path, precision=precision)
+    assert log[-1]["skipped"] == 0 and math.isfinite(log[-1]["MSE"])
+
+def test_a_full_disk_costs_no_checkpoint(finished, tmp_path, arguments, capsys, no_pictures):
+    """No file may grow beyond some bytes, as torch and safetensors find out for themselves."""
+    folder = tmp_path / "run"
+    model = many_labels()
+    unlimited = resource.RLIM_INFINITY
+    for most, left in ((300, None), (300_000, 0), (12_000_000, 6), (unlimited, 18)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, unlimited))
+        try:
+            code = ast_seg.main(arguments(folder))
+            if left == 0:
+                with pytest.raises(data.UserError, match="is of no use .* make room"):
+                    data.save_checkpoint(tmp_path, {"t": 1, "log": []}, model)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+        error = capsys.readouterr().err.split("ast_seg.py: ")[1:]
+        assert code == (2 if error else 0) and sum(text.count("\n") for text in error) == code / 2
+        assert left is None or torch.load(folder / "checkpoint.pt")["t"] == left
+    assert contents(folder)["model.safetensors"] == contents(finished)["model.safetensors"]
+
+def test_ctrl_c_during_the_imports_leaves_no_traceback():
+    process = subprocess.Popen([sys.executable, ast_seg.__file__, "--help"], text=True, stderr=-1)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == "" and process.returncode == -signal.SIGINT
 
 def test_randomness_in_a_step_depends_on_seed_and_step_alone(tmp_path, monkeypatch, no_pictures):
     training_loss = ast_seg.training_loss
@@ -921,7 +1004,7 @@ def test_randomness_in_a_step_depends_on_seed_and_step_alone(tmp_path, monkeypat
 @pytest.mark.parametrize("flags", [
     "--layers=0 --anisotropic", "--slots=8 --entropy-weight=0 --size=128", "--curriculum=frozen",
     "--curriculum=bt", "--generator=unet", "--generator=tiny", "--generator=b3",
-    "--generator=b3 --backbone=random", "--window=3 --mask-noise=0.4 --precision=bfloat16"])
+    "--generator=b3 --backbone=random", "--window=3 --precision=bfloat16"])
 def test_every_ablation_trains_and_is_scored(flags, tmp_path, arguments, monkeypatch, no_pictures):
     """The rows of Table 4, and what peers do otherwise. Large generators are made small."""
     backbones = []
@@ -951,17 +1034,6 @@ def test_phase_1_of_one_run_serves_others(finished, tmp_path, arguments, monkeyp
     options = arguments(tmp_path / "run", f"--background-from={finished}", "--seed=1")
     assert ast_seg.main(options) == 0
     assert seen[:9] == [(2, True)] * 8 + [(3, True)] and seen[-1] == (3, False)
-
-def test_checkpoints_come_by_the_clock_and_where_a_phase_ends(tmp_path, monkeypatch, no_pictures):
-    saved = []
-    monkeypatch.setattr(data, "save_checkpoint", lambda folder, state: saved.append(state["t"]))
-    monkeypatch.setattr(data, "load_checkpoint", lambda *_: dict(t=0, seconds=0.0, log=[]))
-    (tmp_path / "frames").mkdir()
-    train(tmp_path)
-    assert saved == [0, 6, 14, 18]
-    saved.clear()
-    train(tmp_path, checkpoint_minutes=0.0)
-    assert saved == [*range(19)]
 
 def test_feature_maps_and_background_compile_without_a_graph_break():
     """And so they compute the same. The library prepares itself in a first call."""
@@ -998,7 +1070,7 @@ def test_several_processes_do_what_one_does(tmp_path, arguments):
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-c", PROCESS, *arguments(
-            folder, "--layers=0", "--mask-noise=0", "--background-steps=10", "--steps=20",
+            folder, "--layers=0", "--background-steps=10", "--steps=20",
             "--phase2-steps=10", "--limit=8", "--lr=1e-4")]
         processes = []
         for rank in range(world):
@@ -1022,10 +1094,52 @@ def test_several_processes_do_what_one_does(tmp_path, arguments):
     np.testing.assert_allclose(losses, truth[20:], rtol=1e-8)
 
 # --- The program: scores, and the model as a file -----------------------------------------------
+MODEL = ("model.safetensors", "config.json")
+
+@pytest.mark.parametrize("lost, cut, works", [
+    (MODEL, (), True), ((), MODEL[:1], True), (("checkpoint.pt",), (), True),
+    ((), ("checkpoint.pt",), True), (("checkpoint.pt", *MODEL), (), False)])
+def test_a_model_is_found_wherever_a_run_still_has_it(
+        lost, cut, works, finished, tmp_path, arguments, capsys, no_pictures):
+    """And is then put where it was missing. Without its checkpoint a run cannot go on."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for name in lost:
+        (folder / name).unlink()
+    for name in cut:
+        os.truncate(folder / name, 99)
+    assert ast_seg.main(arguments(folder, "--eval")) == (0 if works else 2)
+    if works:
+        assert all(contents(folder)[name] == contents(finished)[name] for name in MODEL)
+    goes_on = "checkpoint.pt" not in (*lost, *cut)
+    assert ast_seg.main(arguments(folder)) == (0 if goes_on else 2)
+    if not goes_on:
+        expected = "--eval scores its model" if works else "no run of ours"
+        assert expected in capsys.readouterr().err
+
+def test_a_run_that_has_saved_nothing_yet_says_so(tmp_path, arguments, capsys):
+    data.save_checkpoint(tmp_path, {"t": 0, "log": []}, None)
+    assert ast_seg.main(arguments(tmp_path, "--eval")) == 2
+    assert "has saved none yet" in capsys.readouterr().err
+
+def test_one_model_that_is_missing_does_not_hide_the_scores_of_another(
+        finished, arguments, capsys, monkeypatch, no_pictures):
+    """What looks like a folder is not asked for at the hub."""
+    monkeypatch.setattr(data, "http_get", lambda *_, **__: pytest.fail("the hub was asked"))
+    load = ast_seg.ASTSeg.from_pretrained
+    asked = []
+    monkeypatch.setattr(ast_seg.ASTSeg, "from_pretrained", lambda source, **more: (
+        asked.append(source), load(source, **more))[1])
+    names = ["runs/none", "a/b/c", "shapes", str(finished)]
+    assert ast_seg.main(arguments("", "--model", *names)) == 2
+    out, err = capsys.readouterr()
+    assert asked == [str(finished)] and out.splitlines()[-1].startswith(str(finished))
+    assert all(f"The model {name} " in err for name in names[:3])
+
 @pytest.mark.parametrize("more, name", [
-    ("--split=val --limit=3", "shapes-val-3"),
-    ("--dataset=tm_dsprites --limit=4", "tm_dsprites-test-4"),
-    ("--dataset=folder --data-dir=PHOTOS", "folder-test-1")])  # images without labels
+    ("--split=val --limit=3", "eval-shapes-val-3"),
+    ("--dataset=tm_dsprites --limit=4", "eval-tm_dsprites-test-4"),
+    ("--dataset=folder --data-dir=PHOTOS", "eval-folder-test-1")])  # images without labels
 def test_another_set_has_its_own_folder(more, name, finished, arguments, photos, capsys):
     more = more.replace("PHOTOS", str(photos)).split()
     options = [*arguments("")[:2], "--limit=12", "--eval", *more, f"--out={finished}"]
@@ -1116,15 +1230,15 @@ def mine(tmp_path_factory, finished):
     """A user's folder, where much is damaged or foreign."""
     folder = tmp_path_factory.mktemp("mine")
     checkpoint = (finished / "checkpoint.pt").read_bytes()
-    config = (finished / "model/config.json").read_bytes()
+    config = (finished / "config.json").read_bytes()
     part = safetensors.torch.save({"log_alpha_0": torch.zeros(())})
     files = {
         "run/checkpoint.pt": checkpoint, "cut/checkpoint.pt": checkpoint[:len(checkpoint) // 2],
         "thesis/chapter.tex": b"all my work", "photos/text.png": b"text",
         "vit/config.json": b'{"model_type": "vit"}',
-        "bert/model/config.json": b'{"architectures": ["Bert"]}',
-        "half/model/config.json": config, "half/model/model.safetensors": part[:30],
-        "part/model/config.json": config, "part/model/model.safetensors": part}
+        "bert/config.json": b'{"architectures": ["Bert"]}',
+        "half/config.json": config, "half/model.safetensors": part[:30],
+        "part/config.json": config, "part/model.safetensors": part}
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -1176,7 +1290,7 @@ def test_damaged_test_scenes_are_refused_before_the_training(
     assert "it is cut" in capsys.readouterr().err and not contents(tmp_path)
 
 # --- The program: README.md ---------------------------------------------------------------------
-def test_the_map_of_the_readme_is_true_and_all_commands_can_be_parsed():
+def test_the_map_of_the_readme_is_true():
     """Each range goes from a banner to the line before the next; no banner is left out."""
     readme = Path(ast_seg.__file__).with_name("README.md").read_text()
     lines = Path(ast_seg.__file__).read_text().splitlines()
@@ -1190,11 +1304,29 @@ def test_the_map_of_the_readme_is_true_and_all_commands_can_be_parsed():
         section = re.match(r"# --- ([\d.]*\d|)", lines[first - 1])[1]
         assert text.startswith(section)  # the number in the paper
 
-    commands = re.findall(r"python ast_seg\.py([^`\n#&|]*)", readme + ast_seg.__doc__)
-    assert len(commands) > 4
-    for command in commands:
-        if "--help" not in command:
-            ast_seg.parse(shlex.split(re.sub(r"\bN\b", "7", command)))
+def test_every_command_of_the_readme_runs_after_those_before_it(
+        tmp_path, monkeypatch, no_pictures):
+    """In one folder, from top to bottom, with few steps, small models and miniature files."""
+    (tmp_path / "DIR").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ast_seg.SEGFORMERS, "b3", ast_seg.SEGFORMERS["tiny"])
+    monkeypatch.setattr(ast_seg.Segformer, "load_backbone", lambda *_: None)
+    tiny_records(tmp_path / "DIR", monkeypatch, size=64, background="small")
+    for name in ("clevrtex", "camo"):
+        miniature(monkeypatch, name, source=(6, 8), crop=6, size=64, background="small")
+        write_pairs(name, tmp_path / "DIR", 10)
+    for folder in ("photos", "squares"):
+        write_pairs("folder", tmp_path / folder, 10)
+
+    readme = Path(ast_seg.__file__).with_name("README.md").read_text()
+    short = ["--steps=2", "--phase2-steps=1", "--background-steps=1", "--batch-size=2",
+             "--background-batch-size=2", "--limit=2", "--background=small", "--size=64"]
+    commands = re.findall(r"python ast_seg\.py([^`\n#&|]*)", ast_seg.__doc__ + readme)
+    commands = [shlex.split(command) for command in commands if "--help" not in command]
+    for command in sorted(commands, key=lambda words: "--segment" in words or "--eval" in words):
+        more = [] if "--segment" in command else short[5:6] if "--eval" in command else short
+        assert ast_seg.main([*command, *more]) == 0, command
+    assert len(commands) > 20
 
 # --- data.py: scenes as the benchmarks publish them ---------------------------------------------
 SHARED = Path(data.__file__).resolve().parent.parent / "shared"
