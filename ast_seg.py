@@ -843,6 +843,9 @@ def parse(arguments) -> tuple[Options, str | None]:
 def load_model(source: str, device: torch.device) -> ASTSeg:
     """The model of a run, of a folder of its own, or of a hub name, in evaluation mode."""
     folder = Path(source)
+    trainer = data.trainer(folder)
+    if trainer:
+        print(f"{trainer} trains in {source}; this is the model that it saved last")
     like_a_hub_name = source.count("/") == 1 and not source.startswith(("runs/", "/", "."))
     with data.usable(f"The model {source}", "train one, or give a run's folder or a hub name"):
         assert folder.is_dir() or like_a_hub_name, "there is no such folder"
@@ -855,9 +858,8 @@ def load_model(source: str, device: torch.device) -> ASTSeg:
             assert "model" in saved, "its training has saved none yet"
             model = ASTSeg(Config(**saved["config"]))
             model.load_state_dict(saved["model"])
-            model.save_pretrained(folder)
-    if data.trainer(folder):
-        print(f"{data.trainer(folder)} trains in {source}; this is the model it saved last")
+            if not trainer:
+                model.save_pretrained(folder)
     return model.to(device).eval()
 
 def score(sources: list, dataset: str | None, options: Options, device: torch.device):
@@ -892,8 +894,7 @@ def score(sources: list, dataset: str | None, options: Options, device: torch.de
         raise data.UserError(" ".join(failures))
 
 def main(arguments=None) -> int:
-    """Returns the exit code: 0, 1 for what was done in part, 2 for what cannot be done, 130 if
-    the user stopped it."""
+    """Returns the exit code: 0, 1 if done in part, 2 if it cannot be, 130 if the user stopped it."""
     try:
         options, dataset = parse(arguments)
         with data.usable(f"--device {options.device}", "choose another one"):
