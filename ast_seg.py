@@ -852,7 +852,7 @@ def score(sources: list, dataset: str | None, options: Options, device: torch.de
     data.print_scores(dataset, means)
 
 def main(arguments=None) -> int:
-    """Returns the exit code: 0, 2 for what cannot be done, 130 if the user stopped it."""
+    """Returns the exit code: 0, 1 for a part, 2 for nothing done, 130 if the user stopped it."""
     try:
         options, dataset = parse(arguments)
         with data.usable(f"--device {options.device}", "choose another one"):
@@ -861,8 +861,8 @@ def main(arguments=None) -> int:
         if options.segment:
             model = load_model((options.model or [run])[0], device)
             out = Path(options.out or "segments")
-            data.segment_files(options.segment, out, model.segment, model.config.size, device)
-            return 0
+            failed = data.segment_files(options.segment, out, model, device)
+            return 1 if failed else 0
         run = options.out or run
         if not options.eval and not options.model:
             train(options.config, Path(run), options.data_dir, device)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +28,6 @@ from tqdm import tqdm
 from zlib_ng import gzip_ng
 
 SPLITS = ("test", "val", "train")  # in the order in which they lie in the public files
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # of images
 CACHE_VERSION = 6  # raise it when a change below changes what is decoded or drawn
 
 class UserError(Exception):
@@ -209,6 +209,11 @@ def read_records(dataset, path, split):
     return [path], scenes()
 
 # --- Image files ---
+def is_image(path):
+    """Whether it is one by its name, and neither a label map nor what segment_files writes."""
+    return (path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+            and not path.name.endswith(("_mask.png", "_labels.png", "_overlay.png")))
+
 def read_image(path, size=()):
     """(h, w, 3) uint8 RGB of an image of any format and mode. size: the (h, w) it must have."""
     with usable(path):
@@ -221,12 +226,12 @@ def read_image(path, size=()):
 
 def read_labels(path, size):
     """(h, w) uint8 of a label map: the indices of its palette, or its grey values."""
-    with usable(path, "give one channel of 8 bits, as large as the image"):
+    with usable(path, "give a label map of one channel of 8 bits, as large as the image"):
         labels = np.asarray(ImageOps.exif_transpose(Image.open(path)))
         if path.suffix == ".map":  # ShapeStacks by GENESIS: a PNG, label = first channel / 32
             labels = labels[..., 0] // 32
         if labels.shape != size:
-            raise ValueError(f"its shape is {labels.shape} instead of {size}")
+            raise ValueError(f"it has {labels.T.shape} values, the image {size[::-1]} pixels")
         return labels.astype(np.uint8, casting="safe")
 
 def read_pairs(dataset, pairs):
@@ -238,16 +243,21 @@ def read_pairs(dataset, pairs):
 
 def read_folder(dataset, path, split):
     """A tree of images, all or none of them with a label map NAME<ending>.png."""
-    images = [image for image in sorted(path.rglob(dataset.pattern), key=lambda image: image.name)
-              if image.suffix.lower() in SUFFIXES and not image.stem.endswith(dataset.ending)]
+    images = sorted(filter(is_image, path.rglob(dataset.pattern)), key=lambda image: image.name)
     if not dataset.path:  # names tell what is to be seen; their checksums mix that, always alike
         images.sort(key=lambda image: zlib.crc32(image.relative_to(path).as_posix().encode()))
+    stems = {image.stem for image in images}
+    for image in images:
+        near = re.match("(.+?)[-_. ]*mask", image.stem, re.IGNORECASE)
+        if near and near[1] in stems:
+            raise UserError(f"{image} has no label map's name; make it {near[1]}_mask.png.")
     pairs = [(image, image.with_name(f"{image.stem}{dataset.ending}.png")) for image in images]
-    missing = [label for _, label in pairs if not label.exists()]
+    missing = [str(label) for _, label in pairs if not label.exists()]
     if len(missing) == len(pairs):
         pairs = list(zip(images))
     elif missing:
-        raise UserError(f"The label map {missing[0]} is missing; give all images one, or none.")
+        raise UserError(f"{len(missing)} label maps are missing: {', '.join(missing[:5])} ...; "
+                        "give all images one, or none.")
     return read_pairs(dataset, [pairs[i] for i in split_bounds(len(pairs), dataset.splits)[split]])
 
 def read_shapestacks(dataset, path, split):
@@ -258,9 +268,9 @@ def read_shapestacks(dataset, path, split):
                 "labels that the README of github.com/applied-ai-lab/genesis links"):
         listing = path / f"splits/default/{split.replace('val', 'eval')}.txt"
         for scenario in listing.read_text().split():
-            folder = path / "recordings" / scenario
-            folder.stat()  # raises where it is missing
-            for image in sorted(folder.glob("rgb-*-cam_*.png")):
+            views = path / "recordings" / scenario / "rgb-*-cam_*.png"
+            for image in sorted(views.parent.glob(views.name)) or [views]:
+                image.stat()  # raises where there is none
                 camera = image.stem.split("-cam_")[1]
                 label = path / f"iseg/{scenario}/iseg-w=0-f=0-l=0-c=original-cam_{camera}.map"
                 label.stat()
@@ -320,30 +330,39 @@ DATASETS: dict[str, Dataset] = {
     "folder": Dataset(read_folder, 10, True, "complex", (1, 1, 8), 128, ())}  # one's own images
 
 # --- Cache and loading ---
-def decode_planes(dataset, decode):
+def decode_planes(dataset, errors, decode):
     """The centre square of a scene, (4, size, size) uint8: RGB, labels. Empty if left out."""
     planes = []
-    for pixels in decode():  # (h, w, 3), (h, w)
-        side = dataset.crop or min(pixels.shape[:2])
-        top, left = (np.array(pixels.shape[:2]) - side) // 2
-        square = Image.fromarray(pixels[top:top + side, left:left + side])
-        how = Image.BILINEAR if pixels.ndim == 3 else Image.NEAREST
-        square = square.resize((dataset.size, dataset.size), how)
-        planes.extend(np.atleast_3d(square).transpose(2, 0, 1))
+    try:
+        for pixels in decode():  # (h, w, 3), then (h, w) if labels are known
+            side = dataset.crop or min(pixels.shape[:2])
+            top, left = (np.array(pixels.shape[:2]) - side) // 2
+            square = Image.fromarray(pixels[top:top + side, left:left + side])
+            how = Image.BILINEAR if pixels.ndim == 3 else Image.NEAREST
+            square = square.resize((dataset.size, dataset.size), how)
+            planes.extend(np.atleast_3d(square).transpose(2, 0, 1))
+    except UserError as error:
+        errors.append(str(error))
     if len(planes) == 3:
-        planes.append(np.zeros_like(planes[0]))  # the labels are unknown
+        planes.append(np.zeros_like(planes[0]))
     return np.array(planes)
 
 def write_cache(cache, dataset, decoders, limit):
     """Decode the first `limit` scenes into a file, which has another name until it is whole."""
     print(f"preparing {cache}", flush=True)
-    planes = prefetch(partial(decode_planes, dataset), tqdm(decoders), 8, os.cpu_count())
+    errors = []
+    planes = prefetch(partial(decode_planes, dataset, errors), tqdm(decoders), 8, os.cpu_count())
     part = cache.with_suffix(".part")
-    with open(part, "wb") as out:
-        out.writelines(itertools.islice(filter(np.size, planes), limit or None))
-    if not part.stat().st_size:
-        raise UserError(f"There is nothing there for {cache}; choose another split or --data-dir.")
-    os.replace(part, cache)
+    try:
+        with open(part, "wb") as out:
+            out.writelines(itertools.islice(filter(np.size, planes), limit or None))
+        if errors:
+            raise UserError(f"Damaged scenes: {len(errors)}. {' '.join(sorted(set(errors))[:5])}")
+        if not part.stat().st_size:
+            raise UserError(f"There is nothing there for {cache}; choose another split or folder.")
+        os.replace(part, cache)
+    finally:  # a full disk keeps no half of it
+        part.unlink(missing_ok=True)
 
 def load(name: str, split: str, data_dir="datasets", limit: int = 0, size: int = 0) -> Scenes:
     """The first `limit` scenes, 0 for all, of a split. The first use fetches and decodes them,
@@ -353,6 +372,8 @@ def load(name: str, split: str, data_dir="datasets", limit: int = 0, size: int =
     root = Path(data_dir, ".cache")
     if path.exists() and not os.access(data_dir, os.W_OK):  # a folder that others share
         root = Path.home() / ".cache/ast_seg"
+    if name == "folder" and not path.is_dir():
+        raise UserError(f"There is no folder {path}; choose another --data-dir.")
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{dataset.path or name}.lock"):  # whoever comes second finds it done
         if dataset.url and not path.exists():
@@ -447,34 +468,47 @@ def show(axis, picture, title: str = ""):
     axis.set_title(title, fontsize=9, pad=3)
     axis.axis("off")
 
-def segment_files(paths: list, out: Path, segment: Callable, size: int, device):
+def segment_files(paths: list, out: Path, model, device) -> list:
     """Write a label map and an overlay of each image, or image in a folder, and objects.json.
-    segment: images (1, 3, size, size) in [0, 1], h, w -> labels (1, h, w), as ASTSeg has it."""
-    files = []
+    Returns a sentence for each image that has none, and prints it at the end. model: an ASTSeg."""
+    images = {}  # {path of what is written, without its ending: image}
+    failed = []
     for path in map(Path, paths):
-        tree = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        files += [path] if path.is_file() else tree
-    if not files:
-        raise UserError(f"There is no image in {', '.join(paths)}; give images or folders.")
-    out.mkdir(parents=True, exist_ok=True)
+        files = [file for file in (path, *sorted(path.rglob("*"))) if is_image(file)]
+        if not files:
+            failed.append(f"There is no image in {path}; give images or folders.")
+        for file in files:
+            stem = out / file.relative_to(path.parent if file == path else path).with_suffix("")
+            if images.setdefault(stem, file) != file:
+                failed.append(f"{file} would overwrite what {images[stem]} becomes.")
+
+    side = model.config.size
     objects = {}
-    for file in tqdm(files, desc="segmenting", unit="image"):
-        name = file.as_posix()
-        image = Image.fromarray(read_image(file))
-        square = torch.from_numpy(np.array(image.resize((size, size), Image.BILINEAR)))
-        fine = segment(square.permute(2, 0, 1)[None].to(device) / 255, 4 * size, 4 * size)[0]
+    for stem, file in tqdm(images.items(), desc="segmenting", unit="image"):
+        try:
+            image = Image.fromarray(read_image(file))
+        except UserError as error:
+            failed.append(str(error))
+            continue
+        square = torch.from_numpy(np.array(image.resize((side, side), Image.BILINEAR))).to(device)
+        fine = model.segment(square.permute(2, 0, 1)[None] / 255, 4 * side, 4 * side)[0]
         flat = Image.fromarray(fine.byte().cpu().numpy()).resize(image.size, Image.NEAREST)
         labels = np.asarray(flat)  # (h, w)
         flat.putpalette((255 * PALETTE).astype(np.uint8).tobytes())
-        stem = name.replace("_", "__").replace("/", "_")  # no two names become one
-        flat.save(out / f"{stem}_labels.png")
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        flat.save(f"{stem}_labels.png")
         mixed = Image.blend(image, flat.convert("RGB"), 0.5)
-        image.paste(mixed, mask=Image.fromarray(labels > 0))
-        image.save(out / f"{stem}_overlay.png")
-        objects[name] = []
+        Image.composite(mixed, image, Image.fromarray(labels > 0)).save(f"{stem}_overlay.png")
+        objects[file.as_posix()] = []
         for label in np.unique(labels[labels > 0]).tolist():
             pixels = np.argwhere(labels == label)
             y, x = pixels.mean(0) + 0.5
             box = Image.fromarray(labels == label).getbbox()  # left, top, right, bottom
-            objects[name].append({"label": label, "area": len(pixels), "box": box, "x": x, "y": y})
+            facts = {"label": label, "area": len(pixels), "box": box, "x": x, "y": y}
+            objects[file.as_posix()].append(facts)
+    if not objects:
+        raise UserError(" ".join(failed[:5]))
     (out / "objects.json").write_text(json.dumps(objects, indent=1) + "\n")
+    for sentence in failed:
+        print(f"ast_seg.py: {sentence}", file=sys.stderr)
+    return failed

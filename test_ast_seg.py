@@ -1088,8 +1088,8 @@ def test_each_image_gets_labels_an_overlay_and_measures(photos, tmp_path, monkey
     assert len(found) == 5 and len(contents(tmp_path / "out")) == 2 * 5 + 1  # no names are one
 
     for name, objects in found.items():
-        stem = name.replace("_", "__").replace("/", "_")
-        flat = Image.open(tmp_path / f"out/{stem}_labels.png")
+        stem = tmp_path / "out" / Path(name).with_suffix("")  # as in the tree
+        flat = Image.open(f"{stem}_labels.png")
         labels = np.array(flat)
         image = data.read_image(Path(name))
         square = np.array(Image.fromarray(image).resize((64, 64), Image.BILINEAR))
@@ -1097,7 +1097,7 @@ def test_each_image_gets_labels_an_overlay_and_measures(photos, tmp_path, monkey
         drawn = Image.fromarray(model.segment(square, 256, 256)[0].byte().numpy())
         assert np.array_equal(labels, drawn.resize(flat.size, Image.NEAREST))  # never mixed
 
-        overlay = np.array(Image.open(tmp_path / f"out/{stem}_overlay.png"))
+        overlay = np.array(Image.open(f"{stem}_overlay.png"))
         mixed = (image.astype(float) + np.array(flat.convert("RGB"))) / 2
         truth = np.where(labels[..., None] > 0, mixed, image)
         assert np.abs(overlay - truth).max() <= 1
@@ -1109,6 +1109,24 @@ def test_each_image_gets_labels_an_overlay_and_measures(photos, tmp_path, monkey
             assert o["box"] == [*cells.min(0)[::-1], *cells.max(0)[::-1] + 1]  # x, y, x, y
             assert [o["y"], o["x"]] == pytest.approx(cells.mean(0) + 0.5)
     assert len(found["wide.jpg"]) > 1
+
+def test_one_bad_image_loses_no_other_and_no_output_is_an_input(tmp_path, monkeypatch, capsys):
+    """The output lies among the images. Of those whose output has one name the first is done."""
+    many_labels().save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/a.jpg", "in/a.png", "in/b/a.png", "in/b/a_mask.png", "more/b/a.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(name)
+    Path("in/text.png").write_text("text")
+    bad = ["in/a.png", "in/text.png", "more/b/a.png", "nowhere"]
+    for out in ("in", "in/out", "in/out"):
+        assert ast_seg.main(["--device=cpu", "--segment", "in", "in/a.jpg", *bad[2:],
+                             "--model=.", f"--out={out}"]) == 1
+        lines = re.findall("^ast_seg.py: .+$", capsys.readouterr().err, re.M)
+        assert [sum(name in line for line in lines) for name in bad] == [1] * 4 == [1] * len(lines)
+        assert [*json.loads(Path(out, "objects.json").read_text())] == ["in/a.jpg", "in/b/a.png"]
+    assert [*contents(Path("in/out"))] == [
+        "a_labels.png", "a_overlay.png", "b/a_labels.png", "b/a_overlay.png", "objects.json"]
 
 # --- The program: what is refused ---------------------------------------------------------------
 @pytest.fixture(scope="module")
@@ -1145,9 +1163,9 @@ REFUSED = {  # what the answer names: what is asked for in the folder `mine`, on
     "The model ": "--eval --model=nobody/none --model=bert --model=half --model=part",
     "background.pt is of no use": "--background-from=thesis --background-from=RUN,--size=128",
     "The backbone ": "--generator=b3 --generator=b3,--backbone=vit,--dataset=folder",
-    "no image in": "--segment,thesis,--model=RUN",
+    "no image in": "--segment,thesis,nowhere,--model=RUN",
     "photos/text.png": "--segment,photos/text.png,--model=RUN",
-    "nothing there": "--dataset=folder,--data-dir=thesis,--backbone=random"}
+    "nothing": "--dataset=folder,--data-dir=thesis,--backbone=random"}
 
 @pytest.mark.parametrize("named, asked", [
     (named, asked) for named, words in REFUSED.items() for asked in words.split()],
@@ -1503,17 +1521,37 @@ def test_a_folder_that_may_not_be_written_is_left_alone(tmp_path, monkeypatch):
     assert_scenes("clevr", data.load("clevr", "train", folder), scenes[4:])
     assert list(folder.iterdir()) == [path]
 
+def test_a_full_disk_leaves_no_half_of_a_cache_or_download(online, tmp_path):
+    path = online[1]
+    part = Path(f"{path}.part")
+    part.symlink_to("/dev/full")
+    refused("clevr", tmp_path, path, part)
+    part.unlink()
+    data.load("clevr", "test", tmp_path)
+    (cache,) = caches(tmp_path)
+    cache.rename(tmp_path / "cache")
+    cache.with_suffix(".part").symlink_to("/dev/full")
+    with pytest.raises(OSError):
+        data.load("clevr", "test", tmp_path)
+    assert not caches(tmp_path, "part")
+    data.load("clevr", "test", tmp_path)
+    assert cache.read_bytes() == (tmp_path / "cache").read_bytes()
+
 # --- data.py: what is refused -------------------------------------------------------------------
 def flip(content, at):
     return content[:at] + bytes([content[at] ^ 16]) + content[at + 1:]
 
 def test_what_is_missing_is_named_with_what_belongs_there(tmp_path):
+    refused("folder", tmp_path / "typo", tmp_path / "typo")
+    assert not list(tmp_path.iterdir())
     refused("folder", tmp_path, tmp_path)
     folder = tmp_path / "shapestacks"
     refused("shapestacks", tmp_path, folder, "shapestacks-file.robots.ox.ac.uk", "iseg", "genesis")
     write_pairs("shapestacks", tmp_path, 6)
     listing = folder / "splits/default/eval.txt"
     listing.write_text("env-1\nenv-9")
+    refused("shapestacks", tmp_path, f"{folder}/recordings/env-9", "unpack", split="val")
+    (folder / "recordings/env-9").mkdir()  # without an image
     refused("shapestacks", tmp_path, f"{folder}/recordings/env-9", "unpack", split="val")
     listing.unlink()
     refused("shapestacks", tmp_path, listing, "unpack", split="val")
@@ -1553,7 +1591,25 @@ def test_bad_image_files_are_named(tmp_path, monkeypatch, name, case):
     else:
         Image.open(victim).resize((7, 9)).save(victim, "PNG")
     hint = "unpack" if name == "shapestacks" else "give all images one"
-    refused(name, tmp_path, victim, hint if "missing" in case else "")
+    sizes = "label map", "(7, 9)", "(30, 24)"
+    refused(name, tmp_path, victim, *[hint] * ("missing" in case), *sizes * ("labels of" in case))
+
+def test_all_bad_image_files_are_named_at_once(tmp_path):
+    files = [pair for *_, pair in [scene[2:] for scene in write_pairs("folder", tmp_path, 10)]]
+    for file in files[:-1]:
+        file.write_bytes(b"")
+    with pytest.raises(data.UserError, match=f"scenes: [78]{5 * '.*mask.png is of no use'}"):
+        data.load("folder", "train", tmp_path)
+    for file in files[:-1]:
+        file.unlink()
+    refused("folder", tmp_path, "9 label maps are missing", "_mask.png", "give all images one")
+
+@pytest.mark.parametrize("name", ["a-mask.png", "a.mask.png", "a_masks.png", "a_Mask 2.tif",
+                                  "a_mask.jpg"])
+def test_label_maps_under_another_name_are_no_images(tmp_path, name):
+    for file in ("a.png", name):
+        Image.new("L", (8, 8)).save(tmp_path / file)
+    refused("folder", tmp_path, tmp_path / name, "a_mask.png")
 
 @pytest.mark.parametrize("labels", [np.ones((8, 8, 3), np.uint8), np.full((8, 8), 300, np.uint16)])
 def test_label_maps_must_hold_labels(tmp_path, labels):
