@@ -36,7 +36,7 @@ class UserError(Exception):
 @dataclass(frozen=True)
 class Dataset:
     """A row of the table. `reader(dataset, path, split)` returns files of the split and, for each
-    scene, a function that decodes it: image (h, w, 3), then labels (h, w) if known, both uint8."""
+    scene, a function that decodes it: image (h, w, 3), then labels (h, w), both uint8, or ()."""
     reader: Callable
     slots: int  # K, the largest number of objects (shapes: two more); clevr6 has no other scenes
     anisotropic: bool  # one scale for each axis instead of one for both
@@ -123,7 +123,7 @@ def paint(rng, image, hues, kinds, radii, gap, pale, shading):
         light = 1 - shading * (dx + dy)[..., None] / radius  # from the upper left
         image += inside[..., None] * (np.clip(colour * light, 0, 1) - image)
         labels[inside > 0.5] = label
-    return image, labels
+    return (image * 255 + 0.5).astype(np.uint8), labels
 
 def draw_shapes(rng, side):
     """2-4 shaded shapes of different hues, which may overlap, on a grey backdrop lit aslant."""
@@ -149,8 +149,7 @@ def read_drawn(draw, dataset, path, split):
     """Scene i of a split depends on (split, i) alone: run seeds do not change a benchmark."""
     def decode(i):
         rng = np.random.default_rng((0, ("train", "test", "val").index(split), i))
-        image, labels = draw(rng, dataset.source[0])
-        return (image * 255 + 0.5).astype(np.uint8), labels
+        return draw(rng, dataset.source[0])
     return [], [partial(decode, i) for i in range(dataset.splits[SPLITS.index(split)])]
 
 # --- TFRecord files, without TensorFlow ---
@@ -210,7 +209,7 @@ def read_records(dataset, path, split):
 
 # --- Image files ---
 def is_image(path):
-    """Whether it is one by its name, and neither a label map nor what segment_files writes."""
+    """Whether it is an image by its name, no label map, and not what segment_files writes."""
     return (path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
             and not path.name.endswith(("_mask.png", "_labels.png", "_overlay.png")))
 
@@ -238,7 +237,8 @@ def read_pairs(dataset, pairs):
     """What a reader returns, for a list of (image path, label path), or of (image path,)."""
     def decode(image_path, *label_paths):
         image = read_image(image_path, dataset.source)
-        return image, *(read_labels(path, image.shape[:2]) for path in label_paths)
+        labels = [read_labels(path, image.shape[:2]) for path in label_paths]
+        return image, *(labels or [np.zeros_like(image[..., 0])])
     return itertools.chain(*pairs), [partial(decode, *pair) for pair in pairs]
 
 def read_folder(dataset, path, split):
@@ -250,13 +250,13 @@ def read_folder(dataset, path, split):
     for image in images:
         near = re.match("(.+?)[-_. ]*mask", image.stem, re.IGNORECASE)
         if near and near[1] in stems:
-            raise UserError(f"{image} has no label map's name; make it {near[1]}_mask.png.")
+            raise UserError(f"{image} looks like a label map; call that {near[1]}_mask.png.")
     pairs = [(image, image.with_name(f"{image.stem}{dataset.ending}.png")) for image in images]
     missing = [str(label) for _, label in pairs if not label.exists()]
     if len(missing) == len(pairs):
         pairs = list(zip(images))
     elif missing:
-        raise UserError(f"{len(missing)} label maps are missing: {', '.join(missing[:5])} ...; "
+        raise UserError(f"Missing label maps: {len(missing)} ({', '.join(missing[:5])}); "
                         "give all images one, or none.")
     return read_pairs(dataset, [pairs[i] for i in split_bounds(len(pairs), dataset.splits)[split]])
 
@@ -334,7 +334,7 @@ def decode_planes(dataset, errors, decode):
     """The centre square of a scene, (4, size, size) uint8: RGB, labels. Empty if left out."""
     planes = []
     try:
-        for pixels in decode():  # (h, w, 3), then (h, w) if labels are known
+        for pixels in decode():  # (h, w, 3), (h, w)
             side = dataset.crop or min(pixels.shape[:2])
             top, left = (np.array(pixels.shape[:2]) - side) // 2
             square = Image.fromarray(pixels[top:top + side, left:left + side])
@@ -343,8 +343,6 @@ def decode_planes(dataset, errors, decode):
             planes.extend(np.atleast_3d(square).transpose(2, 0, 1))
     except UserError as error:
         errors.append(str(error))
-    if len(planes) == 3:
-        planes.append(np.zeros_like(planes[0]))
     return np.array(planes)
 
 def write_cache(cache, dataset, decoders, limit):
@@ -428,8 +426,7 @@ def save_checkpoint(folder: Path, state: dict):
     part = folder / "checkpoint.pt.part"
     torch.save(state, part)
     part.replace(folder / "checkpoint.pt")
-    log = "".join(json.dumps(line) + "\n" for line in state["log"])
-    (folder / "log.jsonl").write_text(log)
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in state["log"]))
 
 def load_checkpoint(folder: Path, config: dict) -> dict:
     """What was saved, or the start of a new run. Raises UserError if it is not this run's."""
@@ -449,11 +446,10 @@ def load_checkpoint(folder: Path, config: dict) -> dict:
 
 def print_scores(name: str, runs: dict[str, dict]):
     """Print the mean scores of runs on a set. runs: by name, mean by metric."""
-    table = np.array([list(means.values()) for means in runs.values()])
-    rows = dict(zip(runs, table))
+    rows = {title: list(means.values()) for title, means in runs.items()}
     if len(runs) > 1:
-        rows["mean"] = table.mean(0)
-        rows["deviation"] = table.std(0, ddof=1)
+        table = list(rows.values())
+        rows |= {"mean": np.mean(table, 0), "deviation": np.std(table, 0, ddof=1)}
     print(f"on {name:21}" + "".join(f"{metric:>14}" for metric in next(iter(runs.values()))))
     for title, row in rows.items():
         print(f"{title:24}" + "".join(f"{value:14.2f}" for value in row))
@@ -474,13 +470,13 @@ def segment_files(paths: list, out: Path, model, device) -> list:
     images = {}  # {path of what is written, without its ending: image}
     failed = []
     for path in map(Path, paths):
-        files = [file for file in (path, *sorted(path.rglob("*"))) if is_image(file)]
+        files = [path] if path.is_file() else sorted(filter(is_image, path.rglob("*")))
         if not files:
             failed.append(f"There is no image in {path}; give images or folders.")
         for file in files:
             stem = out / file.relative_to(path.parent if file == path else path).with_suffix("")
             if images.setdefault(stem, file) != file:
-                failed.append(f"{file} would overwrite what {images[stem]} becomes.")
+                failed.append(f"{file} would overwrite the labels of {images[stem]}.")
 
     side = model.config.size
     objects = {}
