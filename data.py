@@ -360,6 +360,7 @@ def write_cache(cache, dataset, decoders, limit):
             raise UserError(f"There is nothing there for {cache}; choose another split or folder.")
         os.replace(part, cache)
     finally:  # a full disk keeps no half of it
+        planes.close()  # and its progress bar, before the message
         part.unlink(missing_ok=True)
 
 def load(name: str, split: str, data_dir="datasets", limit: int = 0, size: int = 0) -> Scenes:
@@ -476,7 +477,7 @@ def segment_files(paths: list, out: Path, model, device) -> list:
         for file in files:
             stem = out / file.relative_to(path.parent if file == path else path).with_suffix("")
             if images.setdefault(stem, file) != file:
-                failed.append(f"{file} would overwrite the labels of {images[stem]}.")
+                failed.append(f"{file} shares its output with {images[stem]}; give it another.")
 
     side = model.config.size
     objects = {}
