@@ -905,8 +905,10 @@ def main(arguments=None) -> int:
                 raise data.UserError("--segment takes one --model and no --eval; leave out more.")
             model = load_model((options.model or [run])[0], device)
             out = Path(options.out or "segments")
-            data.segment_files(options.segment, out, model.segment, model.config.size, device)
-            return 0
+            failures = data.segment_files(options.segment, out, model, device)
+            for sentence in failures:
+                print(f"ast_seg.py: {sentence}", file=sys.stderr)
+            return 1 if failures else 0
         run = options.out or run
         if not options.eval and not options.model:
             with data.claim(Path(run)) if RANK == 0 else nullcontext():

@@ -28,7 +28,6 @@ from tqdm import tqdm
 from zlib_ng import gzip_ng
 
 SPLITS = ("test", "val", "train")  # in the order in which they lie in the public files
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # of images
 CACHE_VERSION = 6  # raise it when a change below changes what is decoded or drawn
 
 class UserError(Exception):
@@ -37,7 +36,7 @@ class UserError(Exception):
 @dataclass(frozen=True)
 class Dataset:
     """A row of the table. `reader(dataset, path, split)` returns files of the split and, for each
-    scene, a function that decodes it: image (h, w, 3), then labels (h, w) if known, both uint8."""
+    scene, a function that decodes it: image (h, w, 3), then labels (h, w), both uint8, or ()."""
     reader: Callable
     slots: int  # K, the largest number of objects (shapes: two more); clevr6 has no other scenes
     anisotropic: bool  # one scale for each axis instead of one for both
@@ -124,7 +123,7 @@ def paint(rng, image, hues, kinds, radii, gap, pale, shading):
         light = 1 - shading * (dx + dy)[..., None] / radius  # from the upper left
         image += inside[..., None] * (np.clip(colour * light, 0, 1) - image)
         labels[inside > 0.5] = label
-    return image, labels
+    return (image * 255 + 0.5).astype(np.uint8), labels
 
 def draw_shapes(rng, side):
     """2-4 shaded shapes of different hues, which may overlap, on a grey backdrop lit aslant."""
@@ -150,8 +149,7 @@ def read_drawn(draw, dataset, path, split):
     """Scene i of a split depends on (split, i) alone: run seeds do not change a benchmark."""
     def decode(i):
         rng = np.random.default_rng((0, ("train", "test", "val").index(split), i))
-        image, labels = draw(rng, dataset.source[0])
-        return (image * 255 + 0.5).astype(np.uint8), labels
+        return draw(rng, dataset.source[0])
     return [], [partial(decode, i) for i in range(dataset.splits[SPLITS.index(split)])]
 
 # --- TFRecord files, without TensorFlow ---
@@ -210,6 +208,11 @@ def read_records(dataset, path, split):
     return [path], scenes()
 
 # --- Image files ---
+def is_image(path):
+    """Whether it is an image by its name, no label map, and not what segment_files writes."""
+    return (path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+            and not path.name.endswith(("_mask.png", "_labels.png", "_overlay.png")))
+
 def read_image(path, size=()):
     """(h, w, 3) uint8 RGB of an image of any format and mode. size: the (h, w) it must have."""
     with usable(path):
@@ -222,33 +225,39 @@ def read_image(path, size=()):
 
 def read_labels(path, size):
     """(h, w) uint8 of a label map: the indices of its palette, or its grey values."""
-    with usable(path, "give one channel of 8 bits, as large as the image"):
+    with usable(path, "give a label map of one channel of 8 bits, as large as the image"):
         labels = np.asarray(ImageOps.exif_transpose(Image.open(path)))
         if path.suffix == ".map":  # ShapeStacks by GENESIS: a PNG, label = first channel / 32
             labels = labels[..., 0] // 32
         if labels.shape != size:
-            raise ValueError(f"its shape is {labels.shape} instead of {size}")
+            raise ValueError(f"it has {labels.T.shape} values, the image {size[::-1]} pixels")
         return labels.astype(np.uint8, casting="safe")
 
 def read_pairs(dataset, pairs):
     """What a reader returns, for a list of (image path, label path), or of (image path,)."""
     def decode(image_path, *label_paths):
         image = read_image(image_path, dataset.source)
-        return image, *(read_labels(path, image.shape[:2]) for path in label_paths)
+        labels = [read_labels(path, image.shape[:2]) for path in label_paths]
+        return image, *(labels or [np.zeros_like(image[..., 0])])
     return itertools.chain(*pairs), [partial(decode, *pair) for pair in pairs]
 
 def read_folder(dataset, path, split):
     """A tree of images, all or none of them with a label map NAME<ending>.png."""
-    images = [image for image in sorted(path.rglob(dataset.pattern), key=lambda image: image.name)
-              if image.suffix.lower() in SUFFIXES and not image.stem.endswith(dataset.ending)]
+    images = sorted(filter(is_image, path.rglob(dataset.pattern)), key=lambda image: image.name)
     if not dataset.path:  # names tell what is to be seen; their checksums mix that, always alike
         images.sort(key=lambda image: zlib.crc32(image.relative_to(path).as_posix().encode()))
+    stems = {image.stem for image in images}
+    for image in images:
+        near = re.match("(.+?)[-_. ]*mask", image.stem, re.IGNORECASE)
+        if near and near[1] in stems:
+            raise UserError(f"{image} looks like a label map; call that {near[1]}_mask.png.")
     pairs = [(image, image.with_name(f"{image.stem}{dataset.ending}.png")) for image in images]
-    missing = [label for _, label in pairs if not label.exists()]
+    missing = [str(label) for _, label in pairs if not label.exists()]
     if len(missing) == len(pairs):
         pairs = list(zip(images))
     elif missing:
-        raise UserError(f"The label map {missing[0]} is missing; give all images one, or none.")
+        raise UserError(f"Missing label maps: {len(missing)} ({', '.join(missing[:5])}); "
+                        "give all images one, or none.")
     return read_pairs(dataset, [pairs[i] for i in split_bounds(len(pairs), dataset.splits)[split]])
 
 def read_shapestacks(dataset, path, split):
@@ -259,9 +268,9 @@ def read_shapestacks(dataset, path, split):
                 "labels that the README of github.com/applied-ai-lab/genesis links"):
         listing = path / f"splits/default/{split.replace('val', 'eval')}.txt"
         for scenario in listing.read_text().split():
-            folder = path / "recordings" / scenario
-            folder.stat()  # raises where it is missing
-            for image in sorted(folder.glob("rgb-*-cam_*.png")):
+            views = path / "recordings" / scenario / "rgb-*-cam_*.png"
+            for image in sorted(views.parent.glob(views.name)) or [views]:
+                image.stat()  # raises where there is none
                 camera = image.stem.split("-cam_")[1]
                 label = path / f"iseg/{scenario}/iseg-w=0-f=0-l=0-c=original-cam_{camera}.map"
                 label.stat()
@@ -321,30 +330,38 @@ DATASETS: dict[str, Dataset] = {
     "folder": Dataset(read_folder, 10, True, "complex", (1, 1, 8), 128, ())}  # one's own images
 
 # --- Cache and loading ---
-def decode_planes(dataset, decode):
+def decode_planes(dataset, errors, decode):
     """The centre square of a scene, (4, size, size) uint8: RGB, labels. Empty if left out."""
     planes = []
-    for pixels in decode():  # (h, w, 3), (h, w)
-        side = dataset.crop or min(pixels.shape[:2])
-        top, left = (np.array(pixels.shape[:2]) - side) // 2
-        square = Image.fromarray(pixels[top:top + side, left:left + side])
-        how = Image.BILINEAR if pixels.ndim == 3 else Image.NEAREST
-        square = square.resize((dataset.size, dataset.size), how)
-        planes.extend(np.atleast_3d(square).transpose(2, 0, 1))
-    if len(planes) == 3:
-        planes.append(np.zeros_like(planes[0]))  # the labels are unknown
+    try:
+        for pixels in decode():  # (h, w, 3), (h, w)
+            side = dataset.crop or min(pixels.shape[:2])
+            top, left = (np.array(pixels.shape[:2]) - side) // 2
+            square = Image.fromarray(pixels[top:top + side, left:left + side])
+            how = Image.BILINEAR if pixels.ndim == 3 else Image.NEAREST
+            square = square.resize((dataset.size, dataset.size), how)
+            planes.extend(np.atleast_3d(square).transpose(2, 0, 1))
+    except UserError as error:
+        errors.append(str(error))
     return np.array(planes)
 
 def write_cache(cache, dataset, decoders, limit):
     """Decode the first `limit` scenes into a file, which has another name until it is whole."""
     print(f"preparing {cache}", flush=True)
-    planes = prefetch(partial(decode_planes, dataset), tqdm(decoders), 8, os.cpu_count())
+    errors = []
+    planes = prefetch(partial(decode_planes, dataset, errors), tqdm(decoders), 8, os.cpu_count())
     part = cache.with_suffix(".part")
-    with open(part, "wb") as out:
-        out.writelines(itertools.islice(filter(np.size, planes), limit or None))
-    if not part.stat().st_size:
-        raise UserError(f"There is nothing there for {cache}; choose another split or --data-dir.")
-    os.replace(part, cache)
+    try:
+        with open(part, "wb") as out:
+            out.writelines(itertools.islice(filter(np.size, planes), limit or None))
+        if errors:
+            raise UserError(f"Damaged scenes: {len(errors)}. {' '.join(sorted(set(errors))[:5])}")
+        if not part.stat().st_size:
+            raise UserError(f"There is nothing there for {cache}; choose another split or folder.")
+        os.replace(part, cache)
+    finally:  # a full disk keeps no half of it
+        planes.close()  # and its progress bar, before the message
+        part.unlink(missing_ok=True)
 
 def load(name: str, split: str, data_dir="datasets", limit: int = 0, size: int = 0) -> Scenes:
     """The first `limit` scenes, 0 for all, of a split. The first use fetches and decodes them,
@@ -354,6 +371,8 @@ def load(name: str, split: str, data_dir="datasets", limit: int = 0, size: int =
     root = Path(data_dir, ".cache")
     if path.exists() and not os.access(data_dir, os.W_OK):  # a folder that others share
         root = Path.home() / ".cache/ast_seg"
+    if name == "folder" and not path.is_dir():
+        raise UserError(f"There is no folder {path}; choose another --data-dir.")
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{dataset.path or name}.lock"):  # whoever comes second finds it done
         if dataset.url and not path.exists():
@@ -437,8 +456,7 @@ def save_checkpoint(folder: Path, state: dict, model):
     """Write checkpoint.pt, log.jsonl as it was then, and the model for `from_pretrained`."""
     (folder / "frames").mkdir(parents=True, exist_ok=True)
     save(state, folder / "checkpoint.pt")
-    log = "".join(json.dumps(line) + "\n" for line in state["log"])
-    (folder / "log.jsonl").write_text(log)
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in state["log"]))
     if state["t"] > 0:
         with usable(folder, "make room there; its checkpoint is whole"):
             model.save_pretrained(folder)
@@ -460,14 +478,15 @@ def load_checkpoint(folder: Path, config: dict) -> dict:
 
 def print_scores(name: str, runs: dict[str, dict]):
     """Print the mean scores of runs on a set. runs: by name, mean by metric."""
-    table = np.array([list(means.values()) for means in runs.values()])
-    rows = dict(zip(runs, table))
+    rows = {title: list(means.values()) for title, means in runs.items()}
     if len(runs) > 1:
-        rows["mean"] = table.mean(0)
-        rows["deviation"] = table.std(0, ddof=1)
+        table = list(rows.values())
+        rows |= {"mean": np.mean(table, 0), "deviation": np.std(table, 0, ddof=1)}
     print(f"on {name:21}" + "".join(f"{metric:>14}" for metric in next(iter(runs.values()))))
     for title, row in rows.items():
         print(f"{title:24}" + "".join(f"{value:14.2f}" for value in row))
+    if "mIoU" not in next(iter(runs.values())):
+        print("These scenes have no labels, so there is only the error of the reconstruction.")
 
 PALETTE = np.array([(0, 0, 0), *12 * (colormaps["tab10"].colors + colormaps["Set3"].colors)])[:256]
 
@@ -479,34 +498,45 @@ def show(axis, picture, title: str = ""):
     axis.set_title(title, fontsize=9, pad=3)
     axis.axis("off")
 
-def segment_files(paths: list, out: Path, segment: Callable, size: int, device):
+def segment_files(paths: list, out: Path, model, device) -> list:
     """Write a label map and an overlay of each image, or image in a folder, and objects.json.
-    segment: images (1, 3, size, size) in [0, 1], h, w -> labels (1, h, w), as ASTSeg has it."""
-    files = []
+    Returns a sentence for each image that has none. model: an ASTSeg."""
+    images = {}  # {path of what is written, without its ending: image}
+    failed = []
     for path in map(Path, paths):
-        tree = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        files += [path] if path.is_file() else tree
-    if not files:
-        raise UserError(f"There is no image in {', '.join(paths)}; give images or folders.")
-    out.mkdir(parents=True, exist_ok=True)
+        files = [path] if path.is_file() else sorted(filter(is_image, path.rglob("*")))
+        if not files:
+            failed.append(f"There is no image in {path}; give images or folders.")
+        for file in files:
+            stem = out / file.relative_to(path.parent if file == path else path).with_suffix("")
+            if images.setdefault(stem, file) != file:
+                failed.append(f"{file} shares its output with {images[stem]}; give it another.")
+
+    side = model.config.size
     objects = {}
-    for file in tqdm(files, desc="segmenting", unit="image"):
-        name = file.as_posix()
-        image = Image.fromarray(read_image(file))
-        square = torch.from_numpy(np.array(image.resize((size, size), Image.BILINEAR)))
-        fine = segment(square.permute(2, 0, 1)[None].to(device) / 255, 4 * size, 4 * size)[0]
+    for stem, file in tqdm(images.items(), desc="segmenting", unit="image"):
+        try:
+            image = Image.fromarray(read_image(file))
+        except UserError as error:
+            failed.append(str(error))
+            continue
+        square = torch.from_numpy(np.array(image.resize((side, side), Image.BILINEAR))).to(device)
+        fine = model.segment(square.permute(2, 0, 1)[None] / 255, 4 * side, 4 * side)[0]
         flat = Image.fromarray(fine.byte().cpu().numpy()).resize(image.size, Image.NEAREST)
         labels = np.asarray(flat)  # (h, w)
         flat.putpalette((255 * PALETTE).astype(np.uint8).tobytes())
-        stem = name.replace("_", "__").replace("/", "_")  # no two names become one
-        flat.save(out / f"{stem}_labels.png")
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        flat.save(f"{stem}_labels.png")
         mixed = Image.blend(image, flat.convert("RGB"), 0.5)
-        image.paste(mixed, mask=Image.fromarray(labels > 0))
-        image.save(out / f"{stem}_overlay.png")
-        objects[name] = []
+        Image.composite(mixed, image, Image.fromarray(labels > 0)).save(f"{stem}_overlay.png")
+        objects[file.as_posix()] = []
         for label in np.unique(labels[labels > 0]).tolist():
             pixels = np.argwhere(labels == label)
             y, x = pixels.mean(0) + 0.5
             box = Image.fromarray(labels == label).getbbox()  # left, top, right, bottom
-            objects[name].append({"label": label, "area": len(pixels), "box": box, "x": x, "y": y})
+            facts = {"label": label, "area": len(pixels), "box": box, "x": x, "y": y}
+            objects[file.as_posix()].append(facts)
+    if not objects:
+        raise UserError(" ".join(failed[:5]))
     (out / "objects.json").write_text(json.dumps(objects, indent=1) + "\n")
+    return failed

@@ -780,7 +780,10 @@ def test_a_preset_is_the_facts_of_its_set_then_small_then_a_schedule_in_proporti
     names = ("size", "slots", "anisotropic", "background", "background_steps")
     facts = dict(zip(names, values), dataset=name)
     assert ast_seg.preset(name) == ast_seg.Config(**facts)
-    assert ast_seg.preset(name, small=True) == ast_seg.Config(**facts | ast_seg.SMALL)
+    small = ast_seg.Config(**facts | ast_seg.SMALL)
+    if facts.get("background") != "complex" and name != "shapes":  # one that never varies
+        small = replace(small, robustness_warmup=0.0)
+    assert ast_seg.preset(name, small=True) == small
     assert ast_seg.preset(name, steps=1250) == ast_seg.Config(
         **facts, steps=1250, phase2_steps=300, warmup_steps=50, entropy_warmup_steps=100)
 
@@ -1091,7 +1094,7 @@ def test_several_processes_do_what_one_does(tmp_path, arguments):
     assert codes == [2, 1] and "Another process of this run" in error.splitlines()[-1]
     losses, codes, _ = run(tmp_path / "two", 1)
     assert codes == [0]
-    np.testing.assert_allclose(losses, truth[20:], rtol=1e-8)
+    np.testing.assert_allclose(losses, truth[24:], rtol=1e-8)
 
 # --- The program: scores, and the model as a file -----------------------------------------------
 MODEL = ("model.safetensors", "config.json")
@@ -1154,7 +1157,8 @@ def test_another_set_has_its_own_folder(more, name, finished, arguments, photos,
     scores = np.load(folders[0] / "scores.npz")
     assert set(scores) == ({"MSE"} if "folder" in name else {*ast_seg.METRICS, "MSE"})
     assert {len(values) for values in scores.values()} == {int(name.split("-")[-1])}
-    assert capsys.readouterr().out.split()[-1] == f"{scores['MSE'].mean():.2f}"
+    out = capsys.readouterr().out
+    assert f" {scores['MSE'].mean():.2f}\n" in out and ("no labels" in out) == ("folder" in name)
 
 def test_models_are_compared_with_their_mean(capsys):
     one = {"mIoU": 1.0, "ARI-FG": 2.0, "Dice": 3.0, "MSE": 4.0}
@@ -1192,18 +1196,25 @@ def photos(tmp_path_factory):
     (folder / "notes.txt").write_text("not an image")
     return folder
 
-def test_each_image_gets_labels_an_overlay_and_measures(photos, tmp_path, monkeypatch):
+def test_each_image_gets_labels_an_overlay_and_measures_and_a_bad_one_costs_no_other(
+        photos, tmp_path, monkeypatch, capsys):
     model = many_labels()
     model.save_pretrained(tmp_path / "model")
-    monkeypatch.chdir(photos)
-    assert ast_seg.main(["--device=cpu", "--segment", ".", f"--model={tmp_path}",
-                         f"--out={tmp_path}/out"]) == 0
-    found = json.loads((tmp_path / "out/objects.json").read_text())
-    assert len(found) == 5 and len(contents(tmp_path / "out")) == 2 * 5 + 1  # no names are one
+    monkeypatch.chdir(shutil.copytree(photos, tmp_path / "photos"))
+    for name in ("wide.png", "a/b_mask.png"):
+        Image.new("L", (8, 8)).save(name)
+    for _ in range(2):  # the output lies among the images
+        assert ast_seg.main(["--device=cpu", "--segment", ".", "notes.txt", "nowhere", str(photos),
+                             f"--model={tmp_path}/model", "--out=a/out"]) == 1
+    lines = re.findall("^ast_seg.py: .+$", capsys.readouterr().err, re.M)
+    found = json.loads(Path("a/out/objects.json").read_text())
+    bad = ["wide.png", "nowhere", "notes.txt", *(f"{photos}/{name}" for name in found)]
+    assert len(lines) == 2 * len(bad) and all(f" {name}" in str(lines) for name in bad)
+    assert len(found) == 5 and len(contents(Path("a/out"))) == 2 * 5 + 1
 
     for name, objects in found.items():
-        stem = name.replace("_", "__").replace("/", "_")
-        flat = Image.open(tmp_path / f"out/{stem}_labels.png")
+        stem = Path("a/out", name).with_suffix("")
+        flat = Image.open(f"{stem}_labels.png")
         labels = np.array(flat)
         image = data.read_image(Path(name))
         square = np.array(Image.fromarray(image).resize((64, 64), Image.BILINEAR))
@@ -1211,7 +1222,7 @@ def test_each_image_gets_labels_an_overlay_and_measures(photos, tmp_path, monkey
         drawn = Image.fromarray(model.segment(square, 256, 256)[0].byte().numpy())
         assert np.array_equal(labels, drawn.resize(flat.size, Image.NEAREST))  # never mixed
 
-        overlay = np.array(Image.open(tmp_path / f"out/{stem}_overlay.png"))
+        overlay = np.array(Image.open(f"{stem}_overlay.png"))
         mixed = (image.astype(float) + np.array(flat.convert("RGB"))) / 2
         truth = np.where(labels[..., None] > 0, mixed, image)
         assert np.abs(overlay - truth).max() <= 1
@@ -1259,9 +1270,10 @@ REFUSED = {  # what the answer names: what is asked for in the folder `mine`, on
     "The model ": "--eval --model=nobody/none --model=bert --model=half --model=part",
     "background.pt is of no use": "--background-from=thesis --background-from=RUN,--size=128",
     "The backbone ": "--generator=b3 --generator=b3,--backbone=vit,--dataset=folder",
-    "no image in": "--segment,thesis,--model=RUN",
+    "no image in": "--segment,thesis,nowhere,--model=RUN",
     "photos/text.png": "--segment,photos/text.png,--model=RUN",
-    "nothing there": "--dataset=folder,--data-dir=thesis,--backbone=random"}
+    "nothing there": "--dataset=folder,--data-dir=thesis,--backbone=random",
+    "Damaged scenes: 1": "--dataset=folder,--data-dir=photos,--backbone=random"}  # at once
 
 @pytest.mark.parametrize("named, asked", [
     (named, asked) for named, words in REFUSED.items() for asked in words.split()],
@@ -1277,17 +1289,6 @@ def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(
     (line,) = [line for line in lines if line.strip() and "/s]" not in line]  # no progress bars
     assert line.startswith("ast_seg.py: ") and named in line
     assert contents(mine) == before and not contents(tmp_path)
-
-def test_damaged_test_scenes_are_refused_before_the_training(
-        tmp_path, arguments, monkeypatch, capsys):
-    def load(name, split, *more):
-        with data.usable("a file"):
-            assert split != "test", "it is cut"
-        return whole(name, split, *more)
-    whole = data.load
-    monkeypatch.setattr(data, "load", load)
-    assert ast_seg.main(arguments(tmp_path / "run")) == 2
-    assert "it is cut" in capsys.readouterr().err and not contents(tmp_path)
 
 # --- The program: README.md ---------------------------------------------------------------------
 def test_the_map_of_the_readme_is_true():
@@ -1635,17 +1636,30 @@ def test_a_folder_that_may_not_be_written_is_left_alone(tmp_path, monkeypatch):
     assert_scenes("clevr", data.load("clevr", "train", folder), scenes[4:])
     assert list(folder.iterdir()) == [path]
 
+def test_a_full_disk_keeps_no_half_of_a_cache_and_a_later_run_works(clevr, tmp_path):
+    data.load("clevr", "test", tmp_path)
+    (cache,) = caches(tmp_path)
+    cache.unlink()
+    cache.with_suffix(".part").symlink_to("/dev/full")
+    with pytest.raises(OSError):
+        data.load("clevr", "test", tmp_path)
+    assert not caches(tmp_path, "part")
+    assert_scenes("clevr", data.load("clevr", "test", tmp_path), clevr[1][:2])
+
 # --- data.py: what is refused -------------------------------------------------------------------
 def flip(content, at):
     return content[:at] + bytes([content[at] ^ 16]) + content[at + 1:]
 
 def test_what_is_missing_is_named_with_what_belongs_there(tmp_path):
+    refused("folder", tmp_path / "typo", tmp_path / "typo")
+    assert not list(tmp_path.iterdir())
     refused("folder", tmp_path, tmp_path)
     folder = tmp_path / "shapestacks"
     refused("shapestacks", tmp_path, folder, "shapestacks-file.robots.ox.ac.uk", "iseg", "genesis")
     write_pairs("shapestacks", tmp_path, 6)
     listing = folder / "splits/default/eval.txt"
     listing.write_text("env-1\nenv-9")
+    (folder / "recordings/env-9").mkdir()  # without an image
     refused("shapestacks", tmp_path, f"{folder}/recordings/env-9", "unpack", split="val")
     listing.unlink()
     refused("shapestacks", tmp_path, listing, "unpack", split="val")
@@ -1684,14 +1698,25 @@ def test_bad_image_files_are_named(tmp_path, monkeypatch, name, case):
         victim.unlink()
     else:
         Image.open(victim).resize((7, 9)).save(victim, "PNG")
-    hint = "unpack" if name == "shapestacks" else "give all images one"
-    refused(name, tmp_path, victim, hint if "missing" in case else "")
+    hints = {"labels missing": ["unpack" if name == "shapestacks" else "label maps: 1 ("],
+             "labels of another size": ["label map", "(7, 9)", "(30, 24)"]}
+    refused(name, tmp_path, victim, *hints.get(case, []))
 
-@pytest.mark.parametrize("labels", [np.ones((8, 8, 3), np.uint8), np.full((8, 8), 300, np.uint16)])
-def test_label_maps_must_hold_labels(tmp_path, labels):
+def test_all_bad_image_files_are_named_at_once(tmp_path):
+    for *_, labels in write_pairs("folder", tmp_path, 10):
+        labels.write_bytes(b"")
+    with pytest.raises(data.UserError, match=f"scenes: 8{5 * '.*mask.png is of no use'}"):
+        data.load("folder", "train", tmp_path)
+
+@pytest.mark.parametrize("name, labels, word", [
+    ("a_mask.png", np.ones((8, 8, 3), np.uint8), "8 bits"),
+    ("a_mask.png", np.full((8, 8), 300, np.uint16), "8 bits"),
+    *((near, np.ones((8, 8), np.uint8), "a_mask.png") for near in (
+        "a-mask.png", "a.mask.png", "a_masks.png", "a_Mask 2.tif", "a_mask.jpg"))])
+def test_label_maps_must_hold_labels_and_have_the_right_name(tmp_path, name, labels, word):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    Image.fromarray(labels).save(tmp_path / "a_mask.png")
-    refused("folder", tmp_path, "a_mask.png", "8 bits", split="test")
+    Image.fromarray(labels).save(tmp_path / name)
+    refused("folder", tmp_path, name, word, split="test")
 
 # --- data.py: downloads -------------------------------------------------------------------------
 class Server(http.server.BaseHTTPRequestHandler):
@@ -1761,9 +1786,12 @@ def test_a_download_goes_on(online, tmp_path, ranges, begun, cuts, starts):
     assert [start / eighth for _, start in server.requests] == pytest.approx(starts, abs=0.2)
 
 def test_a_download_that_cannot_end_well_is_refused(online, tmp_path):
-    """What we have of the file is longer than all of it; or the server has it no more."""
+    """The disk is full; what we have is longer than the file; or the server has it no more."""
     server, path, content, _ = online
     part = Path(f"{path}.part")
+    part.symlink_to("/dev/full")
+    refused("clevr", tmp_path, path, part, "Errno")
+    part.unlink()
     part.write_bytes(2 * content)
     for word in ("416", "404"):
         refused("clevr", tmp_path, path, part, word)
