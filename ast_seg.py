@@ -821,7 +821,7 @@ class Options:
     config: tyro.conf.OmitArgPrefixes[Config]
     small: bool = False  # a laptop's settings (SMALL), as for shapes
     data_dir: str = "datasets"  # where the files are, or are downloaded to
-    out: str = ""  # folder of the run (default: runs/DATASET or runs/DATASET-small), or of segments
+    out: str = ""  # folder of the run (default: runs/DATASET, or with -small), or of segments
     device: str = DEVICE  # where to compute: cpu, cuda, cuda:1
     eval: bool = False  # only score the run, or each --model
     model: list[str] = field(default_factory=list)  # folders of runs, or hub names, to score
@@ -894,7 +894,7 @@ def score(sources: list, dataset: str | None, options: Options, device: torch.de
         raise data.UserError(" ".join(failures))
 
 def main(arguments=None) -> int:
-    """Returns the exit code: 0, 1 if done in part, 2 if it cannot be, 130 if the user stopped it."""
+    """Returns the exit code: 0, 1: done in part, 2: refused, 130: the user stopped it."""
     try:
         options, dataset = parse(arguments)
         with data.usable(f"--device {options.device}", "choose another one"):
