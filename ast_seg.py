@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports just ends the program
+if __name__ == "__main__":  # Ctrl-C ends the program at once, which harms nothing at any time
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -567,7 +567,8 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
     if RANK == 0:  # it alone writes and shows; where the disk refuses, fail now, not after hours
         data.save_checkpoint(folder, saved, model)
         print(f"Training on {len(scenes.images)} scenes of {config.dataset}, on {device} with "
-              f"{torch.get_num_threads()} threads, into {folder}", flush=True)
+              f"{torch.get_num_threads()} threads, into {folder}. End it at any time; the same "
+              "command goes on from the last checkpoint.", flush=True)
     began = time.time() - saved["seconds"]  # as if there had been no interruption
     skipped_in_a_row = 0
 
@@ -635,7 +636,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
                 frame = folder / f"frames/{done:07}.png"
                 draw_segmentations(model, val_scenes, frame, f"phase {phase}, step {done}")
                 draw_curves(config, saved["log"], folder / "curves.png")
-                if phase == 1:
+                if phase == 1 and done == last:
                     data.save(model.background.state_dict(), folder / "background.pt")
                 saved |= {"t": done, "seconds": line["seconds"], "model": model.state_dict(),
                           "optimizer": optimizer.state_dict()}
@@ -894,7 +895,7 @@ def score(sources: list, dataset: str | None, options: Options, device: torch.de
         raise data.UserError(" ".join(failures))
 
 def main(arguments=None) -> int:
-    """Returns the exit code: 0, 1: done in part, 2: refused, 130: the user stopped it."""
+    """Returns the exit code: 0, 1 for what was done in part, 2 for what cannot be done."""
     try:
         options, dataset = parse(arguments)
         with data.usable(f"--device {options.device}", "choose another one"):
@@ -916,13 +917,9 @@ def main(arguments=None) -> int:
         if RANK == 0:  # one of several processes scores
             score(options.model or [run], dataset, options, device)
         return 0
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
     except (data.UserError, OSError) as error:  # OSError: a full disk, a folder that is gone
         print(f"ast_seg.py: {error}", file=sys.stderr)
         return 2
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
