@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -29,6 +29,7 @@ if __name__ == "__main__":  # Ctrl-C ends the program at once, which harms nothi
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -442,6 +443,13 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
     def forward(self, images: Tensor) -> Scene:
         """images: (n, 3, size, size) in [0, 1]."""
         return self.render(self.encode(images), self.background(images)[:, :3])
+
+    def _save_pretrained(self, folder: Path):
+        """What `save_pretrained` calls: the file of weights is replaced once another is whole."""
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        part = folder / "model.safetensors.part"
+        part.write_bytes(safetensors.torch.save(weights))
+        part.replace(folder / "model.safetensors")
 
     @torch.no_grad()
     def segment(self, images: Tensor, h: int = 0, w: int = 0) -> Tensor:
@@ -860,7 +868,8 @@ def load_model(source: str, device: torch.device) -> ASTSeg:
             model = ASTSeg(Config(**saved["config"]))
             model.load_state_dict(saved["model"])
             if not trainer:
-                model.save_pretrained(folder)
+                with suppress(OSError):  # mend it, where that is possible
+                    model.save_pretrained(folder)
     return model.to(device).eval()
 
 def score(sources: list, dataset: str | None, options: Options, device: torch.device):
@@ -918,7 +927,8 @@ def main(arguments=None) -> int:
             score(options.model or [run], dataset, options, device)
         return 0
     except (data.UserError, OSError) as error:  # OSError: a full disk, a folder that is gone
-        print(f"ast_seg.py: {error}", file=sys.stderr)
+        advice = "; mend that, and the same command goes on." if isinstance(error, OSError) else ""
+        print(f"ast_seg.py: {error}{advice}", file=sys.stderr)
         return 2
 
 if __name__ == "__main__":

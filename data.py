@@ -425,41 +425,44 @@ def claim(folder: Path):
     """A context in which no other process trains in a run's folder. Raises UserError."""
     ours = any((folder / name).exists() for name in ("checkpoint.pt", "model.safetensors"))
     files = [path for path in (folder, *folder.rglob("*")) if path.is_file()]
-    if not ours and any(path.name != ".lock" and path.suffix != ".part" for path in files):
+    full = [path.name for path in files if path.suffix != ".part" and path.stat().st_size]
+    if not ours and {*full} - {"run.lock"}:
         raise UserError(f"{folder} is not empty, and no run of ours; choose another --out.")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        context = lock.acquire()
+        context = FileLock(folder / "run.lock", timeout=1).acquire()
     except Timeout:
         raise UserError(f"{trainer(folder)} trains in {folder}; choose another --out.") from None
-    (folder / ".lock").write_text(f"Process {os.getpid()} on {platform.node()}")
+    (folder / "run.lock").write_text(f"Process {os.getpid()} on {platform.node()}")
     return context
 
 def trainer(folder: Path) -> str:
     """Which process trains in a run's folder now, or nothing."""
+    lock = folder / "run.lock"
     try:
-        if (folder / ".lock").exists():
-            FileLock(folder / ".lock", timeout=0).acquire().lock.release()
+        if os.access(lock, os.W_OK):
+            FileLock(lock, timeout=0).acquire().lock.release()
         return ""
     except Timeout:
-        return (folder / ".lock").read_text()
+        return lock.read_text() or "Another process"  # some versions of filelock empty the file
 
 def save(state: dict, file: Path):
-    """torch.save, under another name until the file is whole."""
+    """torch.save, under another name until the file is whole and on the disk."""
     part = file.with_name(f"{file.name}.part")
     with usable(file.parent, "make room there, and the same command goes on"):
-        torch.save(state, part)
+        with open(part, "wb") as out:
+            torch.save(state, out)
+            os.fsync(out.fileno())
         part.replace(file)
 
 def save_checkpoint(folder: Path, state: dict, model):
-    """Write checkpoint.pt, log.jsonl as it was then, and the model for `from_pretrained`."""
+    """Write log.jsonl as far as `state` goes, the model, and last, as it means that all the rest
+    is there, checkpoint.pt."""
     (folder / "frames").mkdir(parents=True, exist_ok=True)
-    save(state, folder / "checkpoint.pt")
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in state["log"]))
     if state["t"] > 0:
-        with usable(folder, "make room there; its checkpoint is whole"):
-            model.save_pretrained(folder)
+        model.save_pretrained(folder)
+    save(state, folder / "checkpoint.pt")
 
 def load_checkpoint(folder: Path, config: dict) -> dict:
     """What was saved, or the start of a new run. Raises UserError if it is not this run's."""
