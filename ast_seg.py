@@ -108,12 +108,13 @@ class Config:
 
         least = dict(  # 0 for all other numbers; batch norm needs 2 images
             batch_size=2, background_batch_size=1, steps=1, slots=1, d_z_what=1, d_t=1, d_ff=1,
-            heads=1, s_min=1, log_every=1, validate_every=1, log_alpha_0=-1e6)
+            heads=1, s_min=1, log_every=1, validate_every=1, log_alpha_0=-1e6, adam_epsilon=1e-30)
         for name, value in asdict(self).items():
             most = 256 if name == "slots" else 1 if "beta" in name else 1e12  # labels are bytes
             if not isinstance(value, str) and not least.get(name, 0) <= value < most:
                 flag = name.replace("_", "-")
-                raise data.UserError(f"--{flag} must be from {least.get(name, 0)} to {most:g}.")
+                raise data.UserError(f"--{flag} must be {least.get(name, 0)} or more, and less "
+                                     f"than {most:g}.")
         if self.window and self.window % 2 == 0:
             raise data.UserError("--window must be odd, so that the peak is in its middle.")
         if self.s_max <= self.s_min:
@@ -455,8 +456,9 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
     def segment(self, images: Tensor, h: int = 0, w: int = 0) -> Tensor:
         """images (n, 3, size, size) -> labels (n, h or size, w or size): layers of most weight."""
         size = self.config.size
-        if images.shape[1:] != (3, size, size) or not images.is_floating_point():
-            raise ValueError(f"images must be float (n, 3, {size}, {size}) in [0, 1], "
+        dtype = self.log_alpha_0.dtype
+        if images.shape[1:] != (3, size, size) or images.dtype != dtype:
+            raise ValueError(f"images must be {dtype} (n, 3, {size}, {size}) in [0, 1], "
                              f"not {images.dtype} {tuple(images.shape)}")
         latents = self.encode(images)
         _, masks = self.draw(latents, h or images.shape[2], w or images.shape[3])
@@ -549,6 +551,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
     that is random depends on (seed, step), but gradients of grid_sample and borders on GPUs."""
     saved = data.load_checkpoint(folder, asdict(config))
     if saved["t"] == config.background_steps + config.steps:
+        print(f"{folder} is trained already, and only scored here")
         return
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
@@ -561,9 +564,12 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
         file = Path(config.background_from, "background.pt")
         with data.usable(file, "give a run past phase 1, of the same --background and --size"):
             model.background.load_state_dict(torch.load(file, device, weights_only=True))
-    data.load(config.dataset, "test", data_dir, config.limit, config.size)  # fail now, not later
-    val_scenes = data.load(config.dataset, "val", data_dir, config.limit or 256, config.size)
-    scenes = data.load(config.dataset, "train", data_dir, config.limit, config.size)
+    if config.dataset == "folder" and Path(data_dir).resolve() in folder.resolve().parents:
+        raise data.UserError("--out lies within --data-dir, among the images; choose another one.")
+    # The test scenes, too, so that what is damaged fails now.
+    _, val_scenes, scenes = data.load_splits(config.dataset, data_dir, config.limit, config.size)
+    if config.dataset == "folder" and saved.setdefault("files", scenes.source) != scenes.source:
+        raise data.UserError(f"{folder} is a run on other images; choose another --out.")
     if config.compile:  # after a first call, in which the library of b3 prepares itself
         model.eval().segment(torch.zeros(1, 3, config.size, config.size, device=device))
         model.feature_maps.compile()
@@ -835,7 +841,7 @@ class Options:
     eval: bool = False  # only score the run, or each --model
     model: list[str] = field(default_factory=list)  # folders of runs, or hub names, to score
     split: Literal[data.SPLITS] = "test"  # what to score on
-    segment: list[str] = field(default_factory=list)  # images, or folders of them, to segment
+    segment: list[str] | None = None  # images, or folders of them, to segment
 
 def parse(arguments) -> tuple[Options, str | None]:
     """The options, and --dataset if given. Three flags choose the defaults of all the others."""
@@ -852,16 +858,17 @@ def parse(arguments) -> tuple[Options, str | None]:
 def load_model(source: str, device: torch.device) -> ASTSeg:
     """The model of a run, of a folder of its own, or of a hub name, in evaluation mode."""
     folder = Path(source)
+    local = source.count("/") != 1 or source.startswith("runs/") or folder.parent.exists()
     trainer = data.trainer(folder)
     if trainer:
         print(f"{trainer} trains in {source}; this is the model that it saved last")
-    like_a_hub_name = source.count("/") == 1 and not source.startswith(("runs/", "/", "."))
     with data.usable(f"The model {source}", "train one, or give a run's folder or a hub name"):
-        assert folder.is_dir() or like_a_hub_name, "there is no such folder"
+        files = [(folder / name).exists() for name in ("config.json", "checkpoint.pt")]
+        assert any(files) or not local, "there is none"
         try:
             model = ASTSeg.from_pretrained(source, strict=True)
         except Exception:  # a damaged model, or none yet: a run's checkpoint has it, too
-            if not (folder / "checkpoint.pt").exists():
+            if not files[1]:
                 raise
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             assert "model" in saved, "its training has saved none yet"
@@ -908,11 +915,13 @@ def main(arguments=None) -> int:
     try:
         options, dataset = parse(arguments)
         with data.usable(f"--device {options.device}", "choose another one"):
-            device = torch.zeros(1, device=options.device).device
+            number = torch.zeros(1, device=options.device)
+            number.item()  # the device "meta" has none
+            device = number.device
         run = f"runs/{options.config.dataset}" + options.small * "-small"
-        if options.segment:
-            if options.eval or len(options.model) > 1:
-                raise data.UserError("--segment takes one --model and no --eval; leave out more.")
+        if options.segment is not None:
+            if not options.segment or options.eval or len(options.model) > 1:
+                raise data.UserError("--segment takes images, one --model and no --eval.")
             model = load_model((options.model or [run])[0], device)
             out = Path(options.out or "segments")
             failures = data.segment_files(options.segment, out, model, device)

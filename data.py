@@ -33,6 +33,9 @@ CACHE_VERSION = 6  # raise it when a change below changes what is decoded or dra
 class UserError(Exception):
     """What the user can mend, in one sentence: what is wrong, and what to do."""
 
+class Damaged(UserError):
+    """Some of the scenes of a split are of no use."""
+
 @dataclass(frozen=True)
 class Dataset:
     """A row of the table. `reader(dataset, path, split)` returns files of the split and, for each
@@ -219,6 +222,8 @@ def read_image(path, size=()):
         image = ImageOps.exif_transpose(Image.open(path))
         if size and image.size != size[::-1]:
             raise ValueError(f"its width and height are {image.size} instead of {size[::-1]}")
+        if image.mode == "F":
+            raise ValueError("its values are floats")
         if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         return np.asarray(image.convert("RGB"))
@@ -250,10 +255,13 @@ def read_folder(dataset, path, split):
     for image in images:
         near = re.match("(.+?)[-_. ]*mask", image.stem, re.IGNORECASE)
         if near and near[1] in stems:
-            raise UserError(f"{image} looks like a label map; call that {near[1]}_mask.png.")
+            raise UserError(f"{image} looks like a label map; save that, without loss, as "
+                            f"{near[1]}_mask.png.")
     pairs = [(image, image.with_name(f"{image.stem}{dataset.ending}.png")) for image in images]
     missing = [str(label) for _, label in pairs if not label.exists()]
     if len(missing) == len(pairs):
+        for label in path.rglob("*_mask.png"):
+            raise UserError(f"{label} belongs to no image; beside NAME.png put NAME_mask.png.")
         pairs = list(zip(images))
     elif missing:
         raise UserError(f"Missing label maps: {len(missing)} ({', '.join(missing[:5])}); "
@@ -345,7 +353,7 @@ def decode_planes(dataset, errors, decode):
         errors.append(str(error))
     return np.array(planes)
 
-def write_cache(cache, dataset, decoders, limit):
+def write_cache(cache, path, dataset, decoders, limit):
     """Decode the first `limit` scenes into a file, which has another name until it is whole."""
     print(f"preparing {cache}", flush=True)
     errors = []
@@ -355,9 +363,10 @@ def write_cache(cache, dataset, decoders, limit):
         with open(part, "wb") as out:
             out.writelines(itertools.islice(filter(np.size, planes), limit or None))
         if errors:
-            raise UserError(f"Damaged scenes: {len(errors)}. {' '.join(sorted(set(errors))[:5])}")
+            raise Damaged(f"Damaged scenes: {len(errors)}. {' '.join(sorted(set(errors))[:5])}")
         if not part.stat().st_size:
-            raise UserError(f"There is nothing there for {cache}; choose another split or folder.")
+            raise UserError(f"There are too few scenes in {path} for {cache.name}; choose another "
+                            "--data-dir or --split.")
         os.replace(part, cache)
     finally:  # a full disk keeps no half of it
         planes.close()  # and its progress bar, before the message
@@ -386,12 +395,28 @@ def load(name: str, split: str, data_dir="datasets", limit: int = 0, size: int =
         stem = f"{name}-{dataset.size}-{split}-{limit}"
         cache = root / f"{stem}{source}.uint8"
         if not cache.exists():
-            write_cache(cache, dataset, decoders, limit)
+            write_cache(cache, path, dataset, decoders, limit)
             for old in set(root.glob(f"{stem}-*")) - {cache}:
                 old.unlink()
     with usable(cache):
         planes = np.memmap(cache, np.uint8, "c").reshape(-1, 4, dataset.size, dataset.size)
     return Scenes(planes[:, :3], planes[:, 3], source if facts else "")
+
+def load_splits(name: str, data_dir, limit: int, size: int) -> list[Scenes]:
+    """Test, validation (at most 256 without a limit) and training scenes, as `load` has them; what
+    is damaged in any of them is named at once."""
+    scenes = []
+    errors = []
+    for split in SPLITS:
+        try:
+            scenes.append(load(name, split, data_dir, limit or 256 * (split == "val"), size))
+        except UserError as error:
+            errors.append(str(error))
+            if not isinstance(error, Damaged):
+                break
+    if errors:
+        raise UserError(" ".join(errors))
+    return scenes
 
 # --- Batches ---
 @lru_cache(4)
@@ -513,7 +538,13 @@ def segment_files(paths: list, out: Path, model, device) -> list:
         for file in files:
             stem = out / file.relative_to(path.parent if file == path else path).with_suffix("")
             if images.setdefault(stem, file) != file:
-                failed.append(f"{file} shares its output with {images[stem]}; give it another.")
+                failed.append(f"{file} has the output of {images[stem]}; give it another --out.")
+
+    listing = out / "objects.json"  # there, even if empty, from the first image on
+    if out.exists() and not listing.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty, and no output of --segment; choose another --out.")
+    with usable(listing, "choose another --out"):
+        earlier = json.loads(listing.read_text() or "{}") if listing.exists() else {}
 
     side = model.config.size
     objects = {}
@@ -529,6 +560,7 @@ def segment_files(paths: list, out: Path, model, device) -> list:
         labels = np.asarray(flat)  # (h, w)
         flat.putpalette((255 * PALETTE).astype(np.uint8).tobytes())
         stem.parent.mkdir(parents=True, exist_ok=True)
+        listing.touch()
         flat.save(f"{stem}_labels.png")
         mixed = Image.blend(image, flat.convert("RGB"), 0.5)
         Image.composite(mixed, image, Image.fromarray(labels > 0)).save(f"{stem}_overlay.png")
@@ -541,5 +573,5 @@ def segment_files(paths: list, out: Path, model, device) -> list:
             objects[file.as_posix()].append(facts)
     if not objects:
         raise UserError(" ".join(failed[:5]))
-    (out / "objects.json").write_text(json.dumps(objects, indent=1) + "\n")
+    listing.write_text(json.dumps(earlier | objects, indent=1) + "\n")
     return failed

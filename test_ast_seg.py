@@ -505,7 +505,7 @@ def test_segment_is_the_arg_max_of_the_weights_and_never_calls_the_background_mo
     assert len(wide.unique()) > 1 and 0 in wide
 
     for wrong in (images[0], images[:, :, 1:], (255 * images).byte()):
-        with pytest.raises(ValueError, match=r"float \(n, 3, 64, 64\) in \[0, 1\], not torch"):
+        with pytest.raises(ValueError, match=r"float32 \(n, 3, 64, 64\) in \[0, 1\], not torch"):
             model.segment(wrong)
 
 # --- 4.1 The background model, reference [38] ---------------------------------------------------
@@ -1023,6 +1023,25 @@ def test_every_ablation_trains_and_is_scored(flags, tmp_path, arguments, monkeyp
     assert [line["phase"] for line in log] == phases.get(flags, [1, 2, 2, 3, 3])
     assert math.isfinite(log[-1]["reconstruction"]) and 0 < log[-1]["mIoU"] <= 100
 
+def test_a_run_on_images_of_ones_own_goes_on_with_no_others(
+        tmp_path, arguments, monkeypatch, capsys, no_pictures):
+    training_loss = ast_seg.training_loss
+    monkeypatch.setattr(ast_seg, "training_loss", lambda *given: (
+        training_loss(*given) if given[3] < last else pytest.exit("killed")))
+    for name in ("a", "b"):
+        write_pairs("folder", tmp_path / name, 10)
+    for name, last, code in (("a", 9, None), ("b", 99, 2), ("a", 99, 0), ("b", 99, 0)):
+        options = arguments(tmp_path / "run", "--dataset=folder", "--small",
+                            f"--data-dir={tmp_path / name}")
+        if code is None:
+            with pytest.raises(pytest.exit.Exception):
+                ast_seg.main(options)
+        else:
+            assert ast_seg.main(options) == code
+            out, err = capsys.readouterr()
+            assert ("is a run on other images" in err) == (code == 2)
+    assert "is trained already, and only scored here" in out
+
 def test_phase_1_of_one_run_serves_others(finished, tmp_path, arguments, monkeypatch, no_pictures):
     """They start with phase 2, from the background model as it was where phase 1 ended."""
     training_loss = ast_seg.training_loss
@@ -1246,6 +1265,7 @@ def mine(tmp_path_factory, finished):
     files = {
         "run/checkpoint.pt": checkpoint, "cut/checkpoint.pt": checkpoint[:len(checkpoint) // 2],
         "thesis/chapter.tex": b"all my work", "photos/text.png": b"text",
+        "lost/images/a.png": b"", "lost/masks/a_mask.png": b"",
         "vit/config.json": b'{"model_type": "vit"}',
         "bert/config.json": b'{"architectures": ["Bert"]}',
         "half/config.json": config, "half/model.safetensors": part[:30],
@@ -1263,16 +1283,21 @@ REFUSED = {  # what the answer names: what is asked for in the folder `mine`, on
     "--lr ": "--lr=nan --lr=-1", "--steps ": "--steps=0", "--batch-size ": "--batch-size=1",
     "--s-min": "--s-min=0.5 --s-max=1.2", "--d-t ": "--d-t=60",
     "--window ": "--window=-1 --window=4", "--adam-beta": "--adam-beta1=1",
-    "--device": "--device=toaster", "no run of ours": "--out=thesis --out=.",
+    "--device": "--device=toaster --device=meta", "no run of ours": "--out=thesis --out=.",
     "Not a directory": "--out=thesis/chapter.tex/run --data-dir=thesis/chapter.tex",
     "checkpoint.pt is of no use": "--out=cut --out=foreign --out=code",
     "other settings (lr, entropy_weight)": "--out=run,--lr=0.5,--entropy-weight=7",
     "The model ": "--eval --model=nobody/none --model=bert --model=half --model=part",
+    "is of no use (there is none": "--model=thesis --model=thesis/run --model=run/none",
+    "--segment takes": "--segment --segment,thesis,--eval --segment,a,--model,a,b",
+    "no output of --segment": "--segment,photos,--model=RUN,--out=thesis",
+    "lies within --data-dir": "--dataset=folder,--data-dir=photos,--out=photos/run,--small",
+    "lost/masks/a_mask.png belongs to no image": "--dataset=folder,--data-dir=lost,--small",
     "background.pt is of no use": "--background-from=thesis --background-from=RUN,--size=128",
     "The backbone ": "--generator=b3 --generator=b3,--backbone=vit,--dataset=folder",
     "no image in": "--segment,thesis,nowhere,--model=RUN",
     "photos/text.png": "--segment,photos/text.png,--model=RUN",
-    "nothing there": "--dataset=folder,--data-dir=thesis,--backbone=random",
+    "too few scenes in thesis": "--dataset=folder,--data-dir=thesis,--backbone=random",
     "Damaged scenes: 1": "--dataset=folder,--data-dir=photos,--backbone=random"}  # at once
 
 @pytest.mark.parametrize("named, asked", [
@@ -1586,6 +1611,16 @@ def test_images_of_any_kind_come_upright_and_square(tmp_path, name, image, expec
     Image.fromarray(labels).save(tmp_path / f"{Path(name).stem}_mask.png")
     assert_scenes("folder", data.load("folder", "test", tmp_path), [(expected, labels)])
 
+def test_damages_of_all_splits_are_named_at_once(tmp_path):
+    files = [file for *_, file, _ in write_pairs("folder", tmp_path, 20)]
+    for victim in files[:14]:  # of 2 test, 2 validation and 16 training scenes
+        victim.write_bytes(b"")
+    with pytest.raises(data.UserError) as error:
+        data.load_splits("folder", tmp_path, 0, 64)
+    assert sum(map(int, re.findall(r"Damaged scenes: (\d+)\.", str(error.value)))) == 14
+    shapes = data.load_splits("shapes", tmp_path, 3, 64)
+    assert [len(scenes.images) for scenes in shapes] == [3, 3, 3]
+
 def test_folder_splits_are_disjoint_mixed_and_the_same_wherever_it_lies(tmp_path):
     truth = write_pairs("folder", tmp_path / "one", 30)
     images = all_splits("folder", tmp_path / "one", [3, 3, 24], size=8).images
@@ -1664,7 +1699,7 @@ def test_what_is_missing_is_named_with_what_belongs_there(tmp_path):
     listing.unlink()
     refused("shapestacks", tmp_path, listing, "unpack", split="val")
     write_pairs("ood", tmp_path, 2)
-    refused("ood", tmp_path, tmp_path, "nothing there", "ood", "train")
+    refused("ood", tmp_path, tmp_path, "too few scenes", "ood", "train")
 
 DAMAGES = {  # the content of a file of records -> another content
     "cut in a record": lambda content: content[:-100],
@@ -1683,7 +1718,7 @@ def test_damaged_record_files_are_refused(tmp_path, monkeypatch, case):
     packed = case == "cut gzip stream"
     path, _ = tiny_records(tmp_path, monkeypatch, packed=packed, splits=(1, 1, 98))
     path.write_bytes(DAMAGES[case](path.read_bytes()))
-    refused("clevr", tmp_path, "nothing there" if case == "empty" else path)
+    refused("clevr", tmp_path, "too few scenes" if case == "empty" else path)
 
 @pytest.mark.parametrize("name", ["clevrtex", "shapestacks"])
 @pytest.mark.parametrize("case", [
