@@ -109,12 +109,13 @@ class Config:
         least = dict(  # 0 for all other numbers; batch norm needs 2 images
             batch_size=2, background_batch_size=1, steps=1, slots=1, d_z_what=1, d_t=1, d_ff=1,
             heads=1, s_min=1, log_every=1, validate_every=1, log_alpha_0=-1e6, adam_epsilon=1e-30)
+        below = dict(adam_beta1=1, adam_beta2=1, slots=256)  # label maps have one byte for each
         for name, value in asdict(self).items():
-            most = 256 if name == "slots" else 1 if "beta" in name else 1e12  # labels are bytes
-            if not isinstance(value, str) and not least.get(name, 0) <= value < most:
+            low = least.get(name, 0)
+            high = below.get(name, 1e12)
+            if not isinstance(value, str) and not low <= value < high:
                 flag = name.replace("_", "-")
-                raise data.UserError(f"--{flag} must be {least.get(name, 0)} or more, and less "
-                                     f"than {most:g}.")
+                raise data.UserError(f"--{flag} must be {low} or more, and less than {high:g}.")
         if self.window and self.window % 2 == 0:
             raise data.UserError("--window must be odd, so that the peak is in its middle.")
         if self.s_max <= self.s_min:
@@ -144,7 +145,7 @@ def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Conf
         config.background_steps = 500_000
     if small:
         config = replace(config, **SMALL)
-    if known.background == "simple":  # one that never varies is found at once
+    if known.background == "simple":  # it never varies: robust at once, it is all the more clean
         config.robustness_warmup = 0.0
     if steps > 0:
         for name in ("phase2_steps", "warmup_steps", "entropy_warmup_steps", "steps"):
