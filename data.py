@@ -449,9 +449,9 @@ def batches(scenes: Scenes, batch_size: int, seed: int, start: int, stop: int,
 def claim(folder: Path):
     """A context in which no other process trains in a run's folder. Raises UserError."""
     ours = any((folder / name).exists() for name in ("checkpoint.pt", "model.safetensors"))
-    files = [path for path in (folder, *folder.rglob("*")) if path.is_file()]
-    full = [path.name for path in files if path.suffix != ".part" and path.stat().st_size]
-    if not ours and {*full} - {"run.lock"}:
+    files = (path for path in itertools.chain([folder], folder.rglob("*"))
+             if path.is_file() and path.suffix != ".part" and path.name != "run.lock")
+    if not ours and any(path.stat().st_size for path in files):
         raise UserError(f"{folder} is not empty, and no run of ours; choose another --out.")
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -526,10 +526,10 @@ def show(axis, picture, title: str = ""):
     axis.set_title(title, fontsize=9, pad=3)
     axis.axis("off")
 
-def segment_files(paths: list, out: Path, model, device) -> list:
-    """Write a label map and an overlay of each image, or image in a folder, and objects.json.
-    Returns a sentence for each image that has none. model: an ASTSeg."""
-    images = {}  # {path of what is written, without its ending: image}
+def find_images(paths: list, out: Path):
+    """{path of what will be written under `out`, without its ending: image}, for images and
+    folders of them, and a sentence for each that is left out."""
+    images = {}
     failed = []
     for path in map(Path, paths):
         files = [path] if path.is_file() else sorted(filter(is_image, path.rglob("*")))
@@ -539,13 +539,17 @@ def segment_files(paths: list, out: Path, model, device) -> list:
             stem = out / file.relative_to(path.parent if file == path else path).with_suffix("")
             if images.setdefault(stem, file) != file:
                 failed.append(f"{file} has the output of {images[stem]}; give it another --out.")
+    return images, failed
 
+def segment_files(paths: list, out: Path, model, device) -> list:
+    """Write a label map and an overlay of each image, or image in a folder, and objects.json.
+    Returns a sentence for each image that has none. model: an ASTSeg."""
+    images, failed = find_images(paths, out)
     listing = out / "objects.json"  # there, even if empty, from the first image on
     if out.exists() and not listing.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} is not empty, and no output of --segment; choose another --out.")
     with usable(listing, "choose another --out"):
-        earlier = json.loads(listing.read_text() or "{}") if listing.exists() else {}
-
+        earlier = dict(json.loads(listing.read_text() or "{}")) if listing.exists() else {}
     side = model.config.size
     objects = {}
     for stem, file in tqdm(images.items(), desc="segmenting", unit="image"):
