@@ -14,6 +14,7 @@ a spatial transformer places it, an autoencoder draws the background; all compet
 Shapes in comments: n images, K object queries, c channels, h x w pixels, h* x w* cells of a map.
 """
 import argparse
+import gc
 import json
 import math
 import os
@@ -651,6 +652,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
                 frame = folder / f"frames/{done:07}.png"
                 draw_segmentations(model, val_scenes, frame, f"phase {phase}, step {done}")
                 draw_curves(config, saved["log"], folder / "curves.png")
+                gc.collect()  # figures are cycles, and would pile up
                 if phase == 1 and done == last:
                     data.save(model.background.state_dict(), folder / "background.pt")
                 saved |= {"t": done, "seconds": line["seconds"], "model": model.state_dict(),
