@@ -888,7 +888,7 @@ def test_wherever_a_run_is_killed_the_same_command_goes_on_to_the_same_bits(
 def test_so_it_does_after_a_real_process_was_killed(finished, tmp_path, arguments, no_pictures):
     folder = tmp_path / "run"
     log = folder / "log.jsonl"
-    command = [sys.executable, ast_seg.__file__, *arguments(folder, "--validate-every=1")]
+    command = [sys.executable, ast_seg.__file__, *arguments(folder, "--validate-every=3")]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=one_thread, stderr=subprocess.DEVNULL)
     while not log.exists() or log.read_text().count("\n") < 7:
