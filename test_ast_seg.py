@@ -858,7 +858,9 @@ def test_wherever_a_run_is_killed_the_same_command_goes_on_to_the_same_bits(
 
     def deadly_export(model, folder):
         Path(folder, "model.safetensors").write_bytes(b"half")
-        if killed == ("export", torch.load(folder / "checkpoint.pt")["t"]):
+        saved = torch.load(folder / "checkpoint.pt")["t"]
+        assert saved < 18  # that of the last step means that the model is there
+        if killed == ("export", saved):
             raise Killed
         export(model, folder)
     monkeypatch.setattr(ast_seg, "training_loss", deadly_loss)
@@ -1057,6 +1059,13 @@ def test_phase_1_of_one_run_serves_others(finished, tmp_path, arguments, monkeyp
     assert ast_seg.main(options) == 0
     assert seen[:9] == [(2, True)] * 8 + [(3, True)] and seen[-1] == (3, False)
 
+    monkeypatch.setattr(ast_seg, "training_loss", lambda model, images, phase, t: (
+        training_loss(model, images, phase, t) if t < 5 else pytest.exit("killed")))
+    with pytest.raises(pytest.exit.Exception):
+        ast_seg.main(arguments(tmp_path / "half", "--validate-every=2"))
+    assert (tmp_path / "half/checkpoint.pt").exists()
+    assert not (tmp_path / "half/background.pt").exists()
+
 def test_feature_maps_and_background_compile_without_a_graph_break():
     """And so they compute the same. The library prepares itself in a first call."""
     model = ast_seg.ASTSeg(tiny(generator="tiny"))
@@ -1226,6 +1235,10 @@ def test_each_image_gets_labels_an_overlay_and_measures_and_a_bad_one_costs_no_o
         assert ast_seg.main(["--device=cpu", "--segment", ".", "notes.txt", "nowhere", str(photos),
                              f"--model={tmp_path}/model", "--out=a/out"]) == 1
     lines = re.findall("^ast_seg.py: .+$", capsys.readouterr().err, re.M)
+    listing = Path("a/out/objects.json").read_text()
+    assert ast_seg.main(["--device=cpu", "--segment", "wide.jpg", f"--model={tmp_path}/model",
+                         "--out=a/out"]) == 0  # what was there before stays
+    assert json.loads(Path("a/out/objects.json").read_text()) == json.loads(listing)
     found = json.loads(Path("a/out/objects.json").read_text())
     bad = ["wide.png", "nowhere", "notes.txt", *(f"{photos}/{name}" for name in found)]
     assert len(lines) == 2 * len(bad) and all(f" {name}" in str(lines) for name in bad)
