@@ -858,10 +858,10 @@ def parse(arguments) -> tuple[Options, str | None]:
     default = Options(preset(dataset, small, given.steps), small)
     return tyro.cli(Options, args=arguments, default=default), given.dataset
 
-def load_model(source: str, device: torch.device) -> ASTSeg:
+def load_model(source: str | Path, device: torch.device) -> ASTSeg:
     """The model of a run, of a folder of its own, or of a hub name, in evaluation mode."""
     folder = Path(source)
-    local = source.count("/") != 1 or source.startswith("runs/") or folder.parent.exists()
+    local = len(folder.parts) != 2 or folder.parts[0] == "runs" or folder.parent.exists()
     trainer = data.trainer(folder)
     if trainer:
         print(f"{trainer} trains in {source}; this is the model that it saved last")

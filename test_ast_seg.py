@@ -1367,6 +1367,13 @@ def test_every_command_of_the_readme_runs_after_those_before_it(
         assert ast_seg.main([*command, *more]) == 0, command
     assert len(commands) > 20
 
+def test_the_pictures_of_the_readme_can_be_drawn(finished, tmp_path, arguments):
+    from figures import draw
+    draw.main(finished, tmp_path, arguments("")[1].removeprefix("--data-dir="))
+    readme = Path(ast_seg.__file__).with_name("README.md").read_text()
+    shown = set(re.findall(r"\(figures/(\w+\.\w+)\)", readme)) - {"clevr.png"}  # of another run
+    assert shown == contents(tmp_path).keys() and len(shown) == 5
+
 # --- data.py: scenes as the benchmarks publish them ---------------------------------------------
 SHARED = Path(data.__file__).resolve().parent.parent / "shared"
 RECORD_SETS = ("clevr", "objects_room", "multi_dsprites", "tetrominoes")
