@@ -146,7 +146,7 @@ def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Conf
         config.background_steps = 500_000
     if small:
         config = replace(config, **SMALL)
-    if known.background == "simple":  # it never varies: robust at once, it is all the more clean
+    if known.background == "simple":  # it never varies, and must not learn the objects (phase 1)
         config.robustness_warmup = 0.0
     if steps > 0:
         for name in ("phase2_steps", "warmup_steps", "entropy_warmup_steps", "steps"):
@@ -618,8 +618,8 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
             if WORLD > 1:
                 average_gradients(gradients)
 
-            # Where the loss is not finite, nor is this norm, nor would Adam's moments be from then
-            # on. Such a step leaves no trace.
+            # If the loss is not finite, this norm is not either, and Adam's moments would never be
+            # again. Such a step leaves no trace.
             if torch.nn.utils.get_total_norm(gradients).isfinite():
                 optimizer.step()
                 skipped_in_a_row = 0
@@ -866,14 +866,15 @@ def load_model(source: str | Path, device: torch.device) -> ASTSeg:
     if trainer:
         print(f"{trainer} trains in {source}; this is the model that it saved last")
     with data.usable(f"The model {source}", "train one, or give a run's folder or a hub name"):
-        files = [(folder / name).exists() for name in ("config.json", "checkpoint.pt")]
-        assert any(files) or not local, "there is none"
+        checkpoint = folder / "checkpoint.pt"
+        here = checkpoint.exists() or (folder / "config.json").exists()
+        assert here or not local, "there is none"
         try:
             model = ASTSeg.from_pretrained(source, strict=True)
         except Exception:  # a damaged model, or none yet: a run's checkpoint has it, too
-            if not files[1]:
+            if not checkpoint.exists():
                 raise
-            saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
             assert "model" in saved, "its training has saved none yet"
             model = ASTSeg(Config(**saved["config"]))
             model.load_state_dict(saved["model"])
