@@ -89,6 +89,7 @@ class Config:
     # What SMALL needs to learn in minutes; these defaults leave the paper's training as it is
     background_input: float = 255.0  # what its encoder sees for 1: beside 255, positions fade
     residual: bool = False  # let the transformer add to the triplets: it starts as the identity
+    dropout: float = 0.1  # of the transformer; the paper names none, so PyTorch's default
     robustness_warmup: float = 0.0  # share of phase 1 over which its loss becomes robust
 
     # The run
@@ -110,7 +111,8 @@ class Config:
         least = dict(  # 0 for all other numbers; batch norm needs 2 images
             batch_size=2, background_batch_size=1, steps=1, slots=1, d_z_what=1, d_t=1, d_ff=1,
             heads=1, s_min=1, log_every=1, validate_every=1, log_alpha_0=-1e6, adam_epsilon=1e-30)
-        below = dict(adam_beta1=1, adam_beta2=1, slots=256)  # label maps have one byte for each
+        below = dict(  # label maps have one byte for each query
+            adam_beta1=1, adam_beta2=1, dropout=1, slots=256)
         for name, value in asdict(self).items():
             low = least.get(name, 0)
             high = below.get(name, 1e12)
@@ -135,7 +137,8 @@ SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default
     lr_drop_at=0.8, validate_every=500,  # outlines become sharp only after the drop
     log_alpha_0=4.0, s_max=8.0,  # visible sooner, and first glimpses of 14 pixels instead of 5
     entropy_weight=5e-2, entropy_warmup_steps=2600,  # more, but later: early, queries fall asleep
-    residual=True)  # at such rates a random transformer sends all queries to one place
+    residual=True,  # at such rates a random transformer sends all queries to one place
+    dropout=0.0)  # it shakes positions, which so short a training does not average out
 
 def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Config:
     """The settings of a dataset as in the paper, or SMALL; with `steps`, their schedule scales."""
@@ -265,7 +268,8 @@ class Refinement(nn.Module):
     def __init__(self, d, config):
         super().__init__()
         self.embed = nn.Linear(d, config.d_t)
-        layer = nn.TransformerEncoderLayer(config.d_t, config.heads, config.d_ff, batch_first=True)
+        layer = nn.TransformerEncoderLayer(config.d_t, config.heads, config.d_ff, config.dropout,
+                                           batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
         self.project = nn.Linear(config.d_t, d)
         self.residual = config.residual
