@@ -317,11 +317,11 @@ def spatial_transformer(glimpses: Tensor, x: Tensor, y: Tensor, s: Tensor, h: in
     theta = torch.stack([
         s_x, zero, -s_x * x,
         zero, s_y, -s_y * y], -1).view(-1, 3)  # (2 m, 3)
-    # Eq. 12 puts -1 and 1 at the centres of a map's outer cells, `align_corners=False` at the
-    # border of the image, half a cell further out. We follow the authors: pixels' centres are
+    # Eq. 12 puts -1 and 1 at the centres of a map's outer cells. Here they are the border of the
+    # image, half a cell further out (`align_corners=False`), as with the authors.
     x_pixel, y_pixel = coordinates(h, w, like=glimpses)
     pixels = torch.stack([x_pixel * (1 - 1 / w), y_pixel * (1 - 1 / h), torch.ones_like(x_pixel)])
-    points = theta @ pixels.flatten(1)  # (2 m, h w), as of F.affine_grid, but in half the time
+    points = theta @ pixels.flatten(1)  # (2 m, h w); F.affine_grid would take twice the time
     grid = points.view(-1, 2, h, w).movedim(1, -1)
     return F.grid_sample(glimpses, grid, align_corners=False)
 
