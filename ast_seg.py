@@ -321,7 +321,7 @@ def spatial_transformer(glimpses: Tensor, x: Tensor, y: Tensor, s: Tensor, h: in
     # image, half a cell further out (`align_corners=False`), as with the authors.
     x_pixel, y_pixel = coordinates(h, w, like=glimpses)
     pixels = torch.stack([x_pixel * (1 - 1 / w), y_pixel * (1 - 1 / h), torch.ones_like(x_pixel)])
-    points = theta @ pixels.flatten(1)  # (2 m, h w); F.affine_grid would take twice the time
+    points = theta @ pixels.flatten(1)  # (2 m, h w); F.affine_grid is slower on a CPU
     grid = points.view(-1, 2, h, w).movedim(1, -1)
     return F.grid_sample(glimpses, grid, align_corners=False)
 

@@ -167,23 +167,22 @@ def test_what_breaks_it_a_border():
 def test_the_object_that_the_model_draws_is_found_wherever_it_slides():
     """The generator draws an object, the spatial transformer puts it somewhere, a convolution and
     a soft-argmax find it: exactly if it moves by whole pixels. In between its outline is sampled
-    anew, and for most objects the error stays below a quarter of a pixel."""
+    anew, and the error stays below a quarter of a pixel where the kernel is positive; another one
+    may cancel an object but for the outline."""
     h, w = 48, 64
-    errors = []
     for _ in range(9):
         mask = ast_seg.ASTSeg(tiny()).double().glimpse_generator(3 * randn(1, 32))[:, 3:].detach()
         kernel = randn(1, 1, 5, 5)
 
-        def find(u, v):
+        def find(u, v, kernel):
             where = torch.tensor([[2 * u / w], [2 * v / h], [4.0]], dtype=torch.float64)
             placed = ast_seg.spatial_transformer(mask, where[0], where[1], where[2:], h, w)
             return ast_seg.soft_argmax(F.conv2d(placed, kernel, padding=2).square().log())[0, 0]
         for u, v in [(1, 0), (0, 1), (-20, 3), (7, -14), (19, 15)]:
-            close(find(u, v) - find(0, 0), [u, v], 1e-9)
-        moves = [(0.5, 0), (0, 0.5), (7.25, -3.75), (-13.4, 9.9)]
-        found = torch.stack([find(u, v) - find(0, 0) for u, v in moves])
-        errors.append((found - torch.tensor(moves)).abs().max())
-    assert torch.stack(errors).median() < 0.25
+            close(find(u, v, kernel) - find(0, 0, kernel), [u, v], 1e-9)
+        for u, v in [(0.5, 0), (0, 0.5), (7.25, -3.75), (-13.4, 9.9)]:
+            moved = find(u, v, kernel.abs()) - find(0, 0, kernel.abs())
+            assert (moved - torch.tensor([u, v])).abs().max() < 0.25
 
 def test_the_local_soft_argmax_is_equivariant_but_not_affine():
     """So it does not contradict the proposition. It follows a peak over a floor that stays, which
