@@ -52,7 +52,7 @@ CPU = torch.device("cpu")
 TINY = dict(  # a run of 18 steps, each in a tenth of a second: 6 of phase 1, 8 of 2, 4 of 3
     background_steps=6, steps=12, phase2_steps=8, batch_size=4, background_batch_size=4,
     lr=1e-3, warmup_steps=2, entropy_warmup_steps=6, entropy_weight=0.01, slots=4, d_t=64,
-    d_ff=64, layers=1, s_max=24.0, limit=12, log_every=1, validate_every=6)
+    d_ff=64, layers=1, s_min=1.3, s_max=24.0, limit=12, log_every=1, validate_every=6)
 
 def tiny(**given):
     """The configuration of a tiny model and run, with changes."""
@@ -183,6 +183,23 @@ def test_the_object_that_the_model_draws_is_found_wherever_it_slides():
         for u, v in [(0.5, 0), (0, 0.5), (7.25, -3.75), (-13.4, 9.9)]:
             moved = find(u, v, kernel.abs()) - find(0, 0, kernel.abs())
             assert (moved - torch.tensor([u, v])).abs().max() < 0.25
+
+@pytest.mark.parametrize("h, w, g", [(48, 64, 16), (64, 64, 32), (9, 5, 4)])
+def test_the_spatial_transformer_samples_as_the_library_does(h, w, g):
+    """Forward and backward, beyond the border, too: F.affine_grid, where a grid is s (p - x), and
+    F.grid_sample."""
+    glimpses, x, y, s = randn(7, 4, g, g), randn(7), randn(7), 1 + 5 * torch.rand(7, 2).double()
+    inputs = [tensor.requires_grad_() for tensor in (glimpses, x, y, s)]
+    upper = torch.stack([s[:, 0], 0 * x, -s[:, 0] * x], -1)
+    lower = torch.stack([0 * x, s[:, 1], -s[:, 1] * y], -1)
+    grid = F.affine_grid(torch.stack([upper, lower], 1), [7, 4, h, w], align_corners=False)
+    library = F.grid_sample(glimpses, grid, align_corners=False)
+    ours = ast_seg.spatial_transformer(*inputs, h, w)
+    close(ours, library, 1e-12)
+    upstream = randn(*ours.shape)
+    for mine, theirs in zip(torch.autograd.grad(ours, inputs, upstream),
+                            torch.autograd.grad(library, inputs, upstream)):
+        close(mine, theirs, 1e-10)
 
 def test_the_local_soft_argmax_is_equivariant_but_not_affine():
     """So it does not contradict the proposition. It follows a peak over a floor that stays, which
@@ -783,7 +800,7 @@ def test_a_preset_is_the_facts_of_its_set_then_small_then_a_schedule_in_proporti
     names = ("size", "slots", "anisotropic", "background", "background_steps")
     facts = dict(zip(names, values), dataset=name)
     assert ast_seg.preset(name) == ast_seg.Config(**facts)
-    small = ast_seg.Config(**facts | ast_seg.SMALL)
+    small = ast_seg.Config(**facts | ast_seg.SMALL | ast_seg.SMALL_FOR.get(name, {}))
     if facts.get("background") != "complex" and name != "shapes":  # one that never varies
         small = replace(small, robustness_warmup=0.0)
     assert ast_seg.preset(name, small=True) == small
