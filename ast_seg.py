@@ -320,8 +320,8 @@ def bilinear(centre: Tensor, s: Tensor, pixels: int, cells: int) -> Tensor:
     """(m, pixels, cells): how much each cell of a glimpse counts in each pixel, along one axis."""
     # With the centre at 0.5 and s = 4, the pixel at 0.5 shows the point 4 * (0.5 - 0.5) = 0 of the
     # glimpse, its middle, and that at 0.75 shows 1, its border. So it is 1/4 of the image wide.
-    # Eq. 12 puts -1 and 1 at the centres of a map's outer cells. Here they are the borders of image
-    # and glimpse, half a cell further out, as with the authors.
+    # Eq. 12 puts -1 and 1 at the centres of a map's outer cells. Here they are the borders of both,
+    # half a cell further out, as with the authors.
     pixel = torch.linspace(1 / pixels - 1, 1 - 1 / pixels, pixels, dtype=s.dtype, device=s.device)
     point = s[:, None] * (pixel - centre[:, None])  # (m, pixels)
     cell = ((point + 1) * cells - 1) / 2  # 0 is the centre of the first cell
