@@ -331,8 +331,8 @@ def bilinear(centre: Tensor, s: Tensor, pixels: int, cells: int) -> Tensor:
 def spatial_transformer(glimpses: Tensor, x: Tensor, y: Tensor, s: Tensor, h: int, w: int):
     """STN [24]: glimpses (m, c, g, g) -> (m, c, h, w), each at (x, y), 1/s times as large as the
     image, zeros around it. x, y: (m,) in [-1, 1]. s: (m, 1), or (m, 2) for (s_x, s_y)."""
-    # Nothing turns, so rows and columns are apart. F.grid_sample does the same, but for glimpses of
-    # 16 x 16 on a CPU in twice the time.
+    # Nothing turns, so rows and columns are apart. F.grid_sample does the same; for glimpses of
+    # 16 x 16 on a CPU it takes twice the time.
     rows = bilinear(y, s[:, -1], h, glimpses.shape[2])
     columns = bilinear(x, s[:, 0], w, glimpses.shape[3])
     return torch.einsum("mhi,mcij,mwj->mchw", rows, glimpses, columns)
