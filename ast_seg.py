@@ -78,7 +78,7 @@ class Config:
     slots: int = 10  # K, object queries: the largest number of objects in a scene
     anisotropic: bool = False  # a scale for each axis, (s_x, s_y), instead of one
     background: Literal["small", "simple", "complex"] = "simple"  # width of the background model
-    generator: Literal["b3", "tiny", "unet", "unet-small", "unet-fine"] = "b3"  # b3: a Segformer
+    generator: Literal["b3", "tiny", "unet", "unet-small", "unet-fine"] = "b3"  # of feature maps
     backbone: str = "nvidia/mit-b3"  # pretrained part of b3: a hub name, a folder, or random
     glimpse_size: Literal[0, 16, 32, 64] = 0  # side of the glimpses; 0: half the image's (Table 2)
     curriculum: Literal["ct", "bt", "frozen"] = "ct"  # phases 1-3; bt: 3 only; frozen: 1 and 2
@@ -143,8 +143,8 @@ SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default
 SMALL_FOR = {"clevr": dict(  # And besides, where objects may be five pixels wide and overlap
     generator="unet-fine", glimpse_size=32,  # cells of two pixels, not of four
     s_min=2.5, s_max=14.0,  # first glimpses of 8 pixels: they must find an object, not cover it
-    batch_size=32, lr=6e-4, steps=12_000, warmup_steps=600, entropy_warmup_steps=8915,
-    entropy_weight=1e-2,
+    batch_size=32, lr=6e-4, entropy_weight=1e-2,
+    steps=12_000, warmup_steps=600, entropy_warmup_steps=8915,  # SMALL's schedule, stretched
     phase2_steps=12_000)}  # no phase 3, where so small a background learned dark spots
 SMALL_FOR["clevr6"] = SMALL_FOR["clevr"]
 
@@ -769,7 +769,7 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 class UNet(nn.Module):
-    """Table 3. Images (n, 3, h, w) -> maps (n, channels, h, w), of h/4 (small) or h/2 (fine)."""
+    """Table 3. Images (n, 3, h, w) in [0, 1] -> (n, channels, h, w), or h/4 (small), h/2 (fine)."""
     def __init__(self, name, channels):
         super().__init__()
         widths, first, pad = UNETS[name]

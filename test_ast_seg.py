@@ -52,7 +52,7 @@ CPU = torch.device("cpu")
 TINY = dict(  # a run of 18 steps, each in a tenth of a second: 6 of phase 1, 8 of 2, 4 of 3
     background_steps=6, steps=12, phase2_steps=8, batch_size=4, background_batch_size=4,
     lr=1e-3, warmup_steps=2, entropy_warmup_steps=6, entropy_weight=0.01, slots=4, d_t=64,
-    d_ff=64, layers=1, s_min=1.3, s_max=24.0, limit=12, log_every=1, validate_every=6)
+    d_ff=64, layers=1, s_max=24.0, limit=12, log_every=1, validate_every=6)
 
 def tiny(**given):
     """The configuration of a tiny model and run, with changes."""
@@ -383,8 +383,8 @@ def test_blocks_of_the_small_unets_cannot_tell_places_by_the_border():
     that enlarge it: else Eq. 2 would not hold. With the zeros of Table 3 the border is seen."""
     deviations = []
     for name in ("unet-small", "unet-fine", "unet"):
-        pad = ast_seg.UNETS[name][2]
-        shapes = [(8, 4, pad), (4, 2, pad), (3, 1, pad), (4, 2, pad, nn.ConvTranspose2d, 3)]
+        _, first, pad = ast_seg.UNETS[name]
+        shapes = [(*first, pad), (4, 2, pad), (3, 1, pad), (4, 2, pad, nn.ConvTranspose2d, 3)]
         blocks = [ast_seg.conv_block(3, 3, *shape).eval() for shape in shapes]
         outs = [block(torch.ones(1, 3, 16, 16)) for block in blocks]
         deviations.append([max(out[..., i::2, j::2].std((2, 3)).max().item()
