@@ -769,7 +769,7 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 class UNet(nn.Module):
-    """Table 3. Images (n, 3, h, w) in [0, 1] -> (n, channels, h, w), or h/4 (small), h/2 (fine)."""
+    """Table 3. Images (n, 3, h, w) in [0, 1] -> (n, channels, h, w); small: h/4, fine: h/2."""
     def __init__(self, name, channels):
         super().__init__()
         widths, first, pad = UNETS[name]
