@@ -83,6 +83,7 @@ class Config:
     glimpse_size: Literal[0, 16, 32, 64] = 0  # side of the glimpses; 0: half the image's (Table 2)
     curriculum: Literal["ct", "bt", "frozen"] = "ct"  # phases 1-3; bt: 3 only; frozen: 1 and 2
     lr_drop_at: float = 0.9  # share of the steps after which the learning rate is a tenth
+    linear_decay: bool = False  # or after which it falls in a straight line to 0; not the paper's
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 where a GPU has it
     window: int = 0  # local soft-argmax, over window x window cells (odd); 0: over all
 
@@ -91,6 +92,8 @@ class Config:
     residual: bool = False  # let the transformer add to the triplets: it starts as the identity
     dropout: float = 0.1  # of the transformer; the paper names none, so PyTorch's default
     robustness_warmup: float = 0.0  # share of phase 1 over which its loss becomes robust
+    sharpness: float = 1.0  # factor of the first attention logits; small, and the maps start flat
+    mirror: bool = False  # see each scene mirrored, too: for want of scenes, not in the paper
 
     # The run
     background_from: str = ""  # a run whose background model is taken as its phase 1 left it
@@ -133,20 +136,23 @@ SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default
     background="small", background_lr=5e-4, background_steps=600,  # enough for plain backdrops
     background_input=1.0,  # with 255 ARI-FG was 2 and 4 points lower (two seeds)
     robustness_warmup=1.5,  # robust early, so small a model may stay a constant grey
-    lr=1e-3, warmup_steps=175, steps=3500, phase2_steps=2200,  # fewer steps, but larger
-    lr_drop_at=0.8, validate_every=500,  # outlines become sharp only after the drop
-    log_alpha_0=4.0, s_max=8.0,  # visible sooner, and first glimpses of 14 pixels instead of 5
-    entropy_weight=5e-2, entropy_warmup_steps=2600,  # more, but later: early, queries fall asleep
+    lr=1e-3, warmup_steps=175, steps=3300, phase2_steps=2200,  # fewer steps, but larger
+    lr_drop_at=0.4, linear_decay=True,  # outlines become sharp only as the rate falls
+    validate_every=500,
+    sharpness=3.0,  # a query whose first map is flat finds an object last, when all are taken
+    log_alpha_0=4.0, s_max=8.0,  # visible sooner, and no first glimpses of 5 pixels
+    entropy_weight=5e-2, entropy_warmup_steps=2450,  # more, but later: early, queries fall asleep
     residual=True,  # at such rates a random transformer sends all queries to one place
     dropout=0.0)  # it shakes positions, which so short a training does not average out
 
-SMALL_FOR = {"clevr": dict(  # And besides, where objects may be five pixels wide and overlap
+SMALL_FOR = {"shapes": dict(s_min=3.0)}  # glimpses of at most 21 pixels; larger ones give halos
+SMALL_FOR["clevr"] = SMALL_FOR["clevr6"] = dict(  # objects may be five pixels wide, and overlap
     generator="unet-fine", glimpse_size=32,  # cells of two pixels, not of four
     s_min=2.5, s_max=14.0,  # first glimpses of 8 pixels: they must find an object, not cover it
-    batch_size=32, lr=6e-4, entropy_weight=1e-2,
-    steps=12_000, warmup_steps=600, entropy_warmup_steps=8915,  # SMALL's schedule, stretched
-    phase2_steps=12_000)}  # no phase 3, where so small a background learned dark spots
-SMALL_FOR["clevr6"] = SMALL_FOR["clevr"]
+    sharpness=1.0, batch_size=32, lr=6e-4, entropy_weight=1e-2, mirror=True,
+    background_steps=1200, lr_drop_at=0.45,
+    steps=16_000, warmup_steps=800, entropy_warmup_steps=11_886,  # SMALL's schedule, stretched
+    phase2_steps=16_000)  # no phase 3, where so small a background learned dark spots
 
 def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Config:
     """The settings of a dataset as in the paper, or SMALL; with `steps`, their schedule scales."""
@@ -417,6 +423,8 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         d_phi = self.d_s + 1 + config.d_z_what  # (s_k, alpha_k, z_k^what)
         network = UNet if config.generator in UNETS else Segformer  # UNet: section 5.2, below
         self.feature_maps = network(config.generator, config.slots + d_phi)
+        *_, classifier = self.feature_maps.modules()  # the last layer: a row of weights each map
+        classifier.weight.data[:config.slots] *= config.sharpness
         self.refine = Refinement(d_phi + 2, config) if config.layers else nn.Identity()
         glimpse_size = config.glimpse_size or config.size // 2
         self.glimpse_generator = GlimpseGenerator(config.d_z_what, glimpse_size)
@@ -544,7 +552,10 @@ def learning_rate(config: Config, phase: int, t: int) -> float:
     # Phases 2 and 3 have one schedule: a quadratic warm-up, then constant, at the end a tenth.
     step = t - config.background_steps
     rate = config.lr * warmup(step, config.warmup_steps)
-    return rate * (0.1 if step >= config.lr_drop_at * config.steps else 1.0)
+    drop = config.lr_drop_at * config.steps
+    if step < drop:
+        return rate
+    return rate * ((config.steps - step) / (config.steps - drop) if config.linear_decay else 0.1)
 
 def make_optimizer(model: ASTSeg, phase: int) -> torch.optim.Adam:
     """A new Adam, its moments 0, over what learns in a phase."""
@@ -619,7 +630,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
             optimizer.load_state_dict(saved["optimizer"])
         batch_size = config.background_batch_size if phase == 1 else config.batch_size
         batches = data.batches(scenes, batch_size, config.seed, start, last, device,
-                               share=slice(RANK, None, WORLD))
+                               slice(RANK, None, WORLD), config.mirror)
         bar = tqdm(batches, f"phase {phase}", last - first, initial=start - first, unit="step",
                    disable=RANK > 0)
 
@@ -844,7 +855,7 @@ def draw_curves(config: Config, log: list, path: Path):
             axis.plot(*np.reshape(points, (-1, 2)).T, ".-", ms=3, lw=1, label=name)
         for phase, (first, last) in phase_bounds(config).items():
             axis.axvspan(first, last, color="gray", alpha=0.1 * (phase - 1), lw=0)
-        axis.axvline(drop, color="gray", ls=":", label="rate / 10")
+        axis.axvline(drop, color="gray", ls=":", label="the rate falls")
         axis.legend()
     axes[0].set(title="phases 1, 2 and 3, from white to dark", ylabel="loss", yscale="log")
     axes[1].set(ylabel="validation score (%)", xlabel="step", ylim=(0, 100))

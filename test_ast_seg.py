@@ -52,7 +52,7 @@ CPU = torch.device("cpu")
 TINY = dict(  # a run of 18 steps, each in a tenth of a second: 6 of phase 1, 8 of 2, 4 of 3
     background_steps=6, steps=12, phase2_steps=8, batch_size=4, background_batch_size=4,
     lr=1e-3, warmup_steps=2, entropy_warmup_steps=6, entropy_weight=0.01, slots=4, d_t=64,
-    d_ff=64, layers=1, s_max=24.0, limit=12, log_every=1, validate_every=6)
+    d_ff=64, layers=1, s_min=1.3, s_max=24.0, limit=12, log_every=1, validate_every=6)
 
 def tiny(**given):
     """The configuration of a tiny model and run, with changes."""
@@ -402,6 +402,21 @@ def test_the_transformer_is_that_of_table_1():
         assert (layer.self_attn.num_heads, layer.linear1.out_features) == (8, 512)
         assert (layer.dropout.p, layer.norm_first, layer.activation) == (0.1, False, F.relu)
 
+@pytest.mark.parametrize("generator", ["tiny", "unet-small"])
+def test_sharpness_is_a_power_of_the_first_attention_maps_and_of_nothing_else(generator):
+    """A softmax of logits three times as large is the cube of the softmax, normalised."""
+    images = torch.rand(3, 3, 64, 64)
+    models = []
+    for sharpness in (1.0, 3.0):
+        torch.manual_seed(0)
+        model = ast_seg.ASTSeg(tiny(generator=generator, sharpness=sharpness)).double().eval()
+        models.append(model)
+    plain, sharp = (model.encode(images.double()).attention for model in models)
+    close(sharp, plain**3 / (plain**3).sum((2, 3), keepdim=True), 1e-10)
+    assert (sharp.amax((2, 3)) > plain.amax((2, 3))).all()
+    maps, others = (model.feature_maps(images.double())[:, 4:] for model in models)
+    close(others, maps, 1e-12)
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_the_refinement_treats_queries_alike_and_may_start_as_the_identity(residual):
     """Permuting the queries permutes what comes out. They see each other, or else start as they
@@ -696,7 +711,10 @@ def test_each_phase_trains_what_it_should_and_nothing_else(tmp_path, monkeypatch
     phases = [1] * 6 + [2] * 8 + [3] * 4
     assert seen == [(phase, t, learning[phase], phase == 1) for t, phase in enumerate(phases)]
 
-def test_every_step_goes_downhill_by_the_rate_of_its_schedule(tmp_path, monkeypatch, no_pictures):
+@pytest.mark.parametrize("linear, phase_3", [
+    (False, [0.01, 0.01, 0.01]), (True, [0.1, 0.075, 0.05])])  # and 0.025, and then the end
+def test_every_step_goes_downhill_by_the_rate_of_its_schedule(tmp_path, monkeypatch, no_pictures,
+                                                              linear, phase_3):
     """On a constant slope Adam moves a weight by exactly the rate, whatever its betas are. So what
     a run does to its weights shows the rates."""
     places = []
@@ -707,11 +725,11 @@ def test_every_step_goes_downhill_by_the_rate_of_its_schedule(tmp_path, monkeypa
         return sum(weights), {}
     monkeypatch.setattr(ast_seg, "training_loss", slope)
     train(tmp_path, background_steps=5, background_lr=0.1, steps=10, phase2_steps=6, lr=0.1,
-          warmup_steps=2, lr_drop_at=0.8, log_alpha_0=1.0)
+          warmup_steps=2, lr_drop_at=0.6, linear_decay=linear, log_alpha_0=1.0)
     rates = [  # background, objects
         [0.1, 0], [0.1, 0], [0.1, 0], [0.1, 0], [0.01, 0],  # phase 1, drop at 80 %
         [0, 0], [0, 0.025], [0, 0.1], [0, 0.1], [0, 0.1], [0, 0.1],  # phase 2: warm-up of 2 steps
-        [0.1, 0.1], [0.1, 0.1], [0.01, 0.01]]  # phase 3, drop at 80 %
+        *([rate, rate] for rate in phase_3)]  # it begins at 60 %, where the rate falls
     np.testing.assert_allclose(-np.diff(places, axis=0), rates, atol=1e-6)
 
 # --- 5. Metrics ---------------------------------------------------------------------------------
@@ -1933,6 +1951,17 @@ def test_batches_depend_on_seed_and_step_alone_and_each_epoch_is_a_permutation()
     assert all(set(indices) == {0, 1, 2} and len(indices) == 32 for indices in few)
     assert np.array_equal(few[0], few[3]) and len({indices.tobytes() for indices in few}) == 3
 
+def test_mirrored_batches_have_each_scene_once_as_it_is_and_once_mirrored():
+    images = np.arange(12 * 3 * 4 * 5, dtype=np.uint16).astype(np.uint8).reshape(12, 3, 4, 5)
+    scenes = data.Scenes(images, np.zeros((12, 4, 5), np.uint8))
+    seen = np.concatenate(list(data.batches(scenes, 8, 0, 0, 3, CPU, mirror=True)))
+    both = np.concatenate([images, images[..., ::-1]])  # 24 images, all different
+    assert sorted(image.tobytes() for image in seen) == sorted(image.tobytes() for image in both)
+    shares = [list(data.batches(scenes, 8, 0, 0, 3, CPU, slice(rank, None, 2), mirror=True))
+              for rank in (0, 1)]  # two processes together see the same
+    together = np.stack([np.concatenate(share) for share in shares], 1)
+    assert np.array_equal(together.reshape(seen.shape), seen)
+
 def test_batches_come_in_order_a_few_ahead_raise_the_error_and_leave_no_thread(monkeypatch):
     threads = threading.active_count()
     expected = [data.batch_indices(50, 8, 3, step).tolist() for step in range(11, 20)]
@@ -1941,7 +1970,9 @@ def test_batches_come_in_order_a_few_ahead_raise_the_error_and_leave_no_thread(m
 
     def note(count, batch_size, seed, step):
         steps.append(step)
-        return [1000] if step == 15 else original(count, batch_size, seed, step)
+        if step == 15:
+            raise IndexError
+        return original(count, batch_size, seed, step)
     monkeypatch.setattr(data, "batch_indices", note)
     batches = data.batches(SCENES, 8, seed=3, start=11, stop=10**9, device=CPU)
     for k in range(4):
