@@ -11,6 +11,7 @@ a spatial transformer places it, an autoencoder draws the background; all compet
     python ast_seg.py --dataset clevr --data-dir DIR              # the paper's model, on one GPU
     python ast_seg.py --segment photos/ --model runs/clevr        # segment images of your own
 
+Tables 1 to 3 are the supplement's, Table 4 is the paper's.
 Shapes in comments: n images, K object queries, c channels, h x w pixels, h* x w* cells of a map.
 """
 import argparse
@@ -46,7 +47,8 @@ import data
 # --- Configuration: Table 1 of the supplement, the architecture, the run ------------------------
 @dataclass
 class Config:
-    """Table 1 in its order, then the rest. Fields are flags; defaults, the paper's for CLEVR."""
+    """Table 1 in its order, then the rest. Fields are flags; defaults, the paper's for CLEVR
+    but for `precision`."""
     dataset: Literal[tuple(data.DATASETS)] = "clevr"  # what to train on
     # Table 1, background model pretraining (phase 1)
     background_batch_size: int = 128  # images in a step of phase 1
@@ -88,7 +90,7 @@ class Config:
     window: int = 0  # local soft-argmax, over window x window cells (odd); 0: over all
 
     # What SMALL needs to learn in minutes; these defaults leave the paper's training as it is
-    background_input: float = 255.0  # what its encoder sees for 1: beside 255, positions fade
+    background_input: float = 255.0  # factor of what its encoder sees; beside 255 positions fade
     residual: bool = False  # let the transformer add to the triplets: it starts as the identity
     dropout: float = 0.1  # of the transformer; the paper names none, so PyTorch's default
     robustness_warmup: float = 0.0  # share of phase 1 over which its loss becomes robust
@@ -114,7 +116,7 @@ class Config:
         least = dict(  # 0 for all other numbers; batch norm needs 2 images
             batch_size=2, background_batch_size=1, steps=1, slots=1, d_z_what=1, d_t=1, d_ff=1,
             heads=1, s_min=1, log_every=1, validate_every=1, log_alpha_0=-1e6, adam_epsilon=1e-30)
-        below = dict(  # label maps have one byte for each query
+        below = dict(  # a label map's byte holds 0 for the background and 255 queries
             adam_beta1=1, adam_beta2=1, dropout=1, slots=256)
         for name, value in asdict(self).items():
             low = least.get(name, 0)
@@ -151,7 +153,7 @@ SMALL_FOR["clevr"] = SMALL_FOR["clevr6"] = dict(  # objects may be five pixels w
     s_min=2.5, s_max=14.0,  # first glimpses of 8 pixels: they must find an object, not cover it
     sharpness=1.0, batch_size=32, lr=6e-4, entropy_weight=1e-2, mirror=True,
     background_steps=1200, lr_drop_at=0.45,
-    steps=16_000, warmup_steps=800, entropy_warmup_steps=11_886,  # SMALL's schedule, stretched
+    steps=16_000, warmup_steps=800, entropy_warmup_steps=11_886,  # a schedule of SMALL's shape
     phase2_steps=16_000)  # no phase 3, where so small a background learned dark spots
 
 def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Config:
@@ -166,6 +168,7 @@ def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Conf
     if known.background == "simple":  # it never varies, and must not learn the objects (phase 1)
         config.robustness_warmup = 0.0
     if steps > 0:
+        # `steps` itself comes last, since the others are divided by it.
         for name in ("phase2_steps", "warmup_steps", "entropy_warmup_steps", "steps"):
             setattr(config, name, math.ceil(getattr(config, name) * steps / config.steps))
     return config
@@ -278,7 +281,7 @@ def attend(attention: Tensor, features: Tensor) -> Tensor:
     return torch.einsum("nkhw,ndhw->nkd", attention, values)  # (n, K, d + 2), Eq. (14, 15, 16)
 
 class Refinement(nn.Module):
-    """Transformer encoder over triplets (n, K, d), without positions, as queries have no order."""
+    """Transformer encoder over triplets (n, K, d). They are a set, so no code of an order."""
     def __init__(self, d, config):
         super().__init__()
         self.embed = nn.Linear(d, config.d_t)
@@ -311,7 +314,7 @@ def norm_celu(c):  # Table 2: one group for each 16 channels, at least one
 class GlimpseGenerator(nn.Sequential):
     """z_what (m, d), m = n K -> glimpses (m, 4, size, size) in [0, 1]: colours o_k, mask m_k."""
     def __init__(self, d, size):
-        # Table 2: 1x1 -> 2x2 with c channels; each doubling halves c. Ours, for 16x16: as many.
+        # Table 2: 1x1 -> 2x2 with c channels; each doubling halves c. Ours: 16x16 as 64x64.
         c = {16: 128, 32: 64, 64: 128}[size]
         layers = [nn.Unflatten(1, (d, 1, 1)), nn.ConvTranspose2d(d, c, 2, 2, bias=False)]
         for _ in range(int(math.log2(size)) - 2):  # 2x2 -> 4x4 -> 8x8 ...
@@ -359,7 +362,7 @@ class Scene(NamedTuple):
     layers: Tensor  # (n, K + 1, 3, h, w), L_k
 
 # --- 4.1 Model architecture: the background model of reference [38] -----------------------------
-BACKGROUNDS = {  # (kind, side): encoder, generator, from image to code; as in AST, not in AE-NE
+BACKGROUNDS = {  # (kind, side): encoder, generator, image to code; the authors', not [38]'s
     ("simple", 64): ((3, 64, 160, 320, 160, 32, 16), (4, 144, 256, 512, 256, 32, 16)),
     ("simple", 128): ((3, 64, 160, 320, 160, 160, 32, 16), (4, 144, 256, 512, 256, 256, 32, 16)),
     ("complex", 64): ((3, 64, 160, 320, 160, 16, 16), (4, 144, 640, 1280, 640, 16, 16)),
@@ -408,7 +411,7 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         maps        (64, 10 + 34, 32, 32)   attention logits A_k, and features Phi
         attention   (64, 10, 32, 32)        each map sums to 1                          Eq. 11
         triplets    (64, 10, 34 + 2)        (phi_k^0, x_k^0, y_k^0), then refined       Eq. 14-16
-        latents     (64, 10) each           x, y, s, log_alpha; z_what: (64, 10, 32)    Algorithm 1
+        latents     (64, 10) each           x, y, log_alpha; s: 1, z_what: 32 numbers   Algorithm 1
         glimpses    (640, 4, 64, 64)        colours o_k and mask m_k of each object     Table 2
         layers      (64, 11, 3, 128, 128)   L_k, L_0 first; masks M_k: (64, 10, 128, 128)
         weights     (64, 11, 128, 128)      w_k, which sum to 1 in each pixel           Eq. 17
@@ -423,7 +426,7 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         d_phi = self.d_s + 1 + config.d_z_what  # (s_k, alpha_k, z_k^what)
         network = UNet if config.generator in UNETS else Segformer  # UNet: section 5.2, below
         self.feature_maps = network(config.generator, config.slots + d_phi)
-        *_, classifier = self.feature_maps.modules()  # the last layer: a row of weights each map
+        *_, classifier = self.feature_maps.modules()  # its first K rows: the attention logits
         classifier.weight.data[:config.slots] *= config.sharpness
         self.refine = Refinement(d_phi + 2, config) if config.layers else nn.Identity()
         glimpse_size = config.glimpse_size or config.size // 2
@@ -458,7 +461,7 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         glimpses = self.glimpse_generator(latents.z_what.flatten(0, 1))  # (n K, 4, g, g)
         x, y, s = latents.x.flatten(), latents.y.flatten(), latents.s.flatten(0, 1)
         placed = spatial_transformer(glimpses, x, y, s, h, w).unflatten(0, latents.x.shape)
-        layers, masks = placed.split([3, 1], 2)  # slices would have full-size gradients of zeros
+        layers, masks = placed.split([3, 1], 2)  # two slices' gradients would be mostly zeros
         return layers, masks.squeeze(2)
 
     def render(self, latents: Latents, background: Tensor) -> Scene:
@@ -499,9 +502,9 @@ def background_loss(output: Tensor, image: Tensor, robustness: float = 1.0) -> T
     beta = 3 / 255
     radius = image.shape[-1] // 75
 
-    # Smooth-L1: outliers pull no more than linearly, and below three grey levels it is smooth.
+    # Smooth-L1: the pull of an outlier is bounded, and within three grey levels it fades to 0.
     error = F.smooth_l1_loss(output[:, :3], image, beta=beta, reduction="none")
-    error = error.sum(1, keepdim=True)  # (n, 1, h, w); the fourth output learns a third of it
+    error = error.sum(1, keepdim=True)  # (n, 1, h, w); the fourth output learns its channels' mean
     noise = F.smooth_l1_loss(output[:, 3:], error.detach() / 3, beta=beta, reduction="none")
     # tanh: a soft mask of the objects, 0 where the error is small and 1 where it is large.
     mask = (error.detach() / 0.25).tanh()
@@ -579,10 +582,11 @@ def average_gradients(gradients: list):
 
 def train(config: Config, folder: Path, data_dir: str, device: torch.device):
     """Train in three phases, or go on where the run in `folder` stopped, to the same weights: all
-    that is random depends on (seed, step), but gradients of enlarged maps and borders on GPUs."""
+    that is random depends on (seed, step), but for the order of sums in some gradients on GPUs."""
     saved = data.load_checkpoint(folder, asdict(config))
     if saved["t"] == config.background_steps + config.steps:
-        print(f"{folder} is trained already, and only scored here")
+        if RANK == 0:
+            print(f"{folder} is trained already, and only scored here")
         return
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
@@ -622,7 +626,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
         if start >= last:
             continue
 
-        # Phase 1: the background learns. 2: all else; the authors read 8-bit backgrounds. 3: both.
+        # Phase 1 trains the background, 2 all else, 3 both.
         model.train()
         model.background.requires_grad_(phase != 2)  # frozen in phase 2
         optimizer = make_optimizer(model, phase)
@@ -640,15 +644,15 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
             optimizer.param_groups[0]["lr"] = rate
 
             buffers = [buffer.clone() for buffer in model.buffers()]
-            model.zero_grad()  # before the forward pass, which old gradients would live through
+            model.zero_grad()  # now, or old gradients take memory beside the activations
             loss, losses = training_loss(model, images / 255, phase, t)
             loss.backward()
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             if WORLD > 1:
                 average_gradients(gradients)
 
-            # If the loss is not finite, this norm is not either, and Adam's moments would never be
-            # again. Such a step leaves no trace.
+            # If the loss is not finite, this norm is not either, and Adam's moments would be
+            # spoilt for good. Such a step leaves no trace.
             if torch.nn.utils.get_total_norm(gradients).isfinite():
                 optimizer.step()
                 skipped_in_a_row = 0
@@ -668,8 +672,8 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
             if save or done % config.log_every == 0:
                 line = {"t": done, "phase": phase, "lr": rate, "skipped": saved["skipped"],
                         "seconds": time.time() - began}
-                for name, loss in losses.items():
-                    line[name] = loss.item() if loss.isfinite() else None  # JSON has no NaN
+                for name, value in losses.items():
+                    line[name] = value.item() if value.isfinite() else None  # JSON has no NaN
                 if save:
                     scores = evaluate(model, val_scenes, device)
                     line |= {name: values.mean().item() for name, values in scores.items()}
@@ -762,7 +766,7 @@ def evaluate(model: ASTSeg, scenes: data.Scenes, device: torch.device) -> dict:
 #     K = maximum + 1, or x 2    --slots 11, 20       frozen background model   --curriculum frozen
 #     U-Net for Segformer        --generator unet     anisotropic scaling       --anisotropic
 #     random backbone            --backbone random    baseline training         --curriculum bt
-UNETS = {  # widths, the first convolution's to the centre's; its kernel and stride; the borders
+UNETS = {  # widths, first convolution to centre; its (kernel, stride); what lies beyond borders
     "unet": ((80, 128, 192, 256, 256, 256), (3, 1), nn.ZeroPad2d),  # Table 3; d_Phi: our K + d_phi
     # Ours. Zeros beyond the border tell convolutions where they are, against Eq. 2, and queries
     # may then settle at places instead of following objects; a border's own values do not.
