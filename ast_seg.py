@@ -684,7 +684,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
             if save:
                 frame = folder / f"frames/{done:07}.png"
                 draw_segmentations(model, val_scenes, frame, f"phase {phase}, step {done}")
-                draw_curves(config, saved["log"], folder / "curves.png")
+                data.draw_curves(phase_bounds(config), saved["log"], folder / "curves.png")
                 gc.collect()  # figures are cycles, and would pile up
                 if phase == 1 and done == last:
                     data.save(model.background.state_dict(), folder / "background.pt")
@@ -820,7 +820,7 @@ def local_softmax(logits: Tensor, window: int) -> Tensor:
     columns = (torch.arange(w, device=logits.device) - peak % w).abs() <= window // 2  # (..., w)
     return spatial_softmax(logits.where(rows[..., None] & columns[..., None, :], -math.inf))
 
-# --- The pictures of a run ----------------------------------------------------------------------
+# --- The picture of a run -----------------------------------------------------------------------
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def draw_segmentations(model: ASTSeg, scenes: data.Scenes, path: Path, title="input"):
@@ -846,24 +846,6 @@ def draw_segmentations(model: ASTSeg, scenes: data.Scenes, path: Path, title="in
         row[1].scatter(*places[:, i, seen], 120, facecolors="none", edgecolors=colours[seen + 1])
     figure.subplots_adjust(0, 0, 1, 0.97, 0.03, 0.03)
     figure.savefig(path)
-    plt.close(figure)
-
-def draw_curves(config: Config, log: list, path: Path):
-    """Losses and validation scores over the steps of a run. log: the lines of log.jsonl."""
-    figure, axes = plt.subplots(2, 1, figsize=(9, 6), sharex=True)
-    drop = config.background_steps + config.lr_drop_at * config.steps
-    panels = (("background", "reconstruction", "entropy"), ("mIoU", "ARI-FG", "MSC-FG"))
-    for axis, names in zip(axes, panels):
-        for name in names:
-            points = [(line["t"], line[name]) for line in log if line.get(name) is not None]
-            axis.plot(*np.reshape(points, (-1, 2)).T, ".-", ms=3, lw=1, label=name)
-        for phase, (first, last) in phase_bounds(config).items():
-            axis.axvspan(first, last, color="gray", alpha=0.1 * (phase - 1), lw=0)
-        axis.axvline(drop, color="gray", ls=":", label="the rate falls")
-        axis.legend()
-    axes[0].set(title="phases 1, 2 and 3, from white to dark", ylabel="loss", yscale="log")
-    axes[1].set(ylabel="validation score (%)", xlabel="step", ylim=(0, 100))
-    figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
 # --- The command --------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 from huggingface_hub.file_download import http_get
 from matplotlib import colormaps, colors
+from matplotlib import pyplot as plt
 from PIL import Image, ImageOps
 from tqdm import tqdm
 from zlib_ng import gzip_ng
@@ -449,7 +450,7 @@ def batches(scenes: Scenes, batch_size: int, seed: int, start: int, stop: int,
         return batch.where(~mirrored, batch.flip(-1))
     return prefetch(gather, range(start, stop), depth=4)
 
-# --- The files of a run: checkpoints, scores, images of one's own ---
+# --- The files of a run: checkpoints, scores, curves, images of one's own ---
 def claim(folder: Path):
     """A context in which no other process trains in a run's folder. Raises UserError."""
     ours = any((folder / name).exists() for name in ("checkpoint.pt", "model.safetensors"))
@@ -529,6 +530,24 @@ def show(axis, picture, title: str = ""):
     axis.imshow(picture.numpy(), "gray", vmin=0, extent=(-1, 1, 1, -1), interpolation="nearest")
     axis.set_title(title, fontsize=9, pad=3)
     axis.axis("off")
+
+def draw_curves(bounds: dict, log: list, path: Path):
+    """Losses and validation scores over the steps of a run. bounds: the first step of each phase,
+    and the first one after it. log: the lines of log.jsonl."""
+    figure, axes = plt.subplots(3, 1, figsize=(9, 7), sharex=True, height_ratios=(3, 3, 1))
+    panels = (("background", "reconstruction", "entropy"), ("mIoU", "ARI-FG", "MSC-FG"), ("lr",))
+    for axis, names in zip(axes, panels):
+        for name in names:
+            points = [(line["t"], line[name]) for line in log if line.get(name) is not None]
+            axis.plot(*np.reshape(points, (-1, 2)).T, ".-", ms=3, lw=1, label=name)
+        for phase, (first, last) in bounds.items():
+            axis.axvspan(first, last, color="gray", alpha=0.1 * (phase - 1), lw=0)
+        axis.legend()
+    axes[0].set(title="phases 1, 2 and 3, from white to dark", ylabel="loss", yscale="log")
+    axes[1].set(ylabel="validation score (%)", ylim=(0, 100))
+    axes[2].set(ylabel="learning rate", xlabel="step")
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
 
 def find_images(paths: list, out: Path):
     """{path of what will be written under `out`, without its ending: image}, for images and

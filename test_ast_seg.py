@@ -669,8 +669,8 @@ def test_a_new_phase_has_a_new_adam_over_what_it_trains():
 @pytest.fixture()
 def no_pictures(monkeypatch):
     """They take longer than the steps."""
-    for name in ("draw_segmentations", "draw_curves"):
-        monkeypatch.setattr(ast_seg, name, lambda *_, **__: None)
+    monkeypatch.setattr(ast_seg, "draw_segmentations", lambda *_, **__: None)
+    monkeypatch.setattr(data, "draw_curves", lambda *_, **__: None)
 
 def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -1128,7 +1128,7 @@ def noting_loss(model, images, phase, t):
     print("loss", t, loss.item(), flush=True)
     return loss, losses
 ast_seg.training_loss = noting_loss
-ast_seg.draw_segmentations = ast_seg.draw_curves = lambda *_, **__: None
+ast_seg.draw_segmentations = ast_seg.data.draw_curves = lambda *_, **__: None
 sys.exit(ast_seg.main(sys.argv[1:]))
 """
 
