@@ -433,21 +433,17 @@ def batch_indices(count, batch_size, seed, step):
     return epoch_order(count, seed, epoch)[batch * batch_size:(batch + 1) * batch_size]
 
 def batches(scenes: Scenes, batch_size: int, seed: int, start: int, stop: int,
-            device: torch.device, share=slice(None), mirror=False):
+            device: torch.device, share=slice(None)):
     """Yield the batches of steps start..stop - 1: (batch_size, 3, H, W) uint8 tensors on `device`;
-    of each the `share` of this process. A thread gathers them ahead of the training step. mirror:
-    an epoch has each scene twice, as it is and with left and right exchanged."""
+    of each the `share` of this process. A thread gathers them ahead of the training step."""
     images = np.asarray(scenes.images)
-    count = len(images)
     if batch_size % (share.step or 1):
         raise UserError(f"{share.step} processes cannot share batches of {batch_size} equally.")
     if device.type == "cuda" and 4 * images.nbytes < torch.cuda.mem_get_info(device)[0]:
         images = torch.from_numpy(images).to(device)  # then a batch is an index, without a copy
     def gather(step):
-        indices = batch_indices(count * (1 + mirror), batch_size, seed, step)[share]
-        batch = torch.as_tensor(images[indices % count]).to(device)
-        mirrored = torch.from_numpy(indices >= count)[:, None, None, None].to(device)
-        return batch.where(~mirrored, batch.flip(-1))
+        indices = batch_indices(len(images), batch_size, seed, step)[share]
+        return torch.as_tensor(images[indices]).to(device)
     return prefetch(gather, range(start, stop), depth=4)
 
 # --- The files of a run: checkpoints, scores, curves, images of one's own ---

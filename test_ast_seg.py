@@ -1951,17 +1951,6 @@ def test_batches_depend_on_seed_and_step_alone_and_each_epoch_is_a_permutation()
     assert all(set(indices) == {0, 1, 2} and len(indices) == 32 for indices in few)
     assert np.array_equal(few[0], few[3]) and len({indices.tobytes() for indices in few}) == 3
 
-def test_mirrored_batches_have_each_scene_once_as_it_is_and_once_mirrored():
-    images = np.arange(12 * 3 * 4 * 5, dtype=np.uint16).astype(np.uint8).reshape(12, 3, 4, 5)
-    scenes = data.Scenes(images, np.zeros((12, 4, 5), np.uint8))
-    seen = np.concatenate(list(data.batches(scenes, 8, 0, 0, 3, CPU, mirror=True)))
-    both = np.concatenate([images, images[..., ::-1]])  # 24 images, all different
-    assert sorted(image.tobytes() for image in seen) == sorted(image.tobytes() for image in both)
-    shares = [list(data.batches(scenes, 8, 0, 0, 3, CPU, slice(rank, None, 2), mirror=True))
-              for rank in (0, 1)]  # two processes together see the same
-    together = np.stack([np.concatenate(share) for share in shares], 1)
-    assert np.array_equal(together.reshape(seen.shape), seen)
-
 def test_batches_come_in_order_a_few_ahead_raise_the_error_and_leave_no_thread(monkeypatch):
     threads = threading.active_count()
     expected = [data.batch_indices(50, 8, 3, step).tolist() for step in range(11, 20)]
