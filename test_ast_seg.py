@@ -688,6 +688,19 @@ def test_training_learns(tmp_path, no_pictures):
     losses = [line["background"] for line in log[:60]]
     assert np.mean(losses[-5:]) < losses[0] / 2
 
+def test_the_small_background_learns_from_an_unlucky_start_too(tmp_path, no_pictures):
+    """With twice the rate it stayed a constant grey from this start, 20 levels off, and queries
+    drew the backdrop instead."""
+    config = replace(ast_seg.preset("shapes", True), slots=8, seed=2, steps=1, phase2_steps=1,
+                     validate_every=9999)
+    ast_seg.train(config, tmp_path / "run", str(tmp_path), CPU)
+    scenes = data.load("shapes", "val", tmp_path, 64)
+    images = torch.tensor(scenes.images) / 255
+    with torch.no_grad():
+        background = ast_seg.load_model(tmp_path / "run", CPU).background(images)[:, :3]
+    levels = 255 * (background - images).abs().mean(1)
+    assert levels[torch.tensor(scenes.labels) == 0].mean() < 8
+
 def test_each_phase_trains_what_it_should_and_nothing_else(tmp_path, monkeypatch, no_pictures):
     """We look at the gradients of every step of a run. Only phase 1 teaches the expected error."""
     training_loss = ast_seg.training_loss
