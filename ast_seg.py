@@ -134,7 +134,7 @@ SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default
     size=64, batch_size=16, background_batch_size=32,  # more steps beat larger ones, in equal time
     d_t=128, d_ff=256, layers=2, glimpse_size=16,  # enough for few objects in 64 x 64 pixels
     generator="unet-small",  # cheaper than a Segformer, and better without a pretrained backbone
-    background="small", background_steps=600,  # enough for plain backdrops
+    background="small", background_steps=900,  # enough for plain backdrops
     background_lr=2.5e-4,  # with 5e-4 it stayed grey, too, from some starts
     background_input=1.0,  # with 255 ARI-FG was 2 and 4 points lower (two seeds)
     robustness_warmup=1.5,  # robust early, so small a model may stay a constant grey

@@ -692,7 +692,7 @@ def test_the_small_background_learns_from_an_unlucky_start_too(tmp_path, no_pict
     """With twice the rate it stayed a constant grey from this start, 20 levels off, and queries
     drew the backdrop instead."""
     config = replace(ast_seg.preset("shapes", True), slots=8, seed=2, steps=1, phase2_steps=1,
-                     validate_every=9999)
+                     background_steps=600, validate_every=9999)
     ast_seg.train(config, tmp_path / "run", str(tmp_path), CPU)
     scenes = data.load("shapes", "val", tmp_path, 64)
     images = torch.tensor(scenes.images) / 255
