@@ -152,7 +152,7 @@ SMALL_FOR["clevr"] = SMALL_FOR["clevr6"] = dict(  # objects may be five pixels w
     generator="unet-fine", glimpse_size=32,  # cells of two pixels, not of four
     s_min=2.5, s_max=14.0,  # first glimpses of 8 pixels: they must find an object, not cover it
     sharpness=1.0,  # 3.0 learned more slowly in a short run
-    batch_size=32, lr=6e-4, background_steps=1200, entropy_weight=1e-2,
+    batch_size=32, lr=6e-4, entropy_weight=1e-2, background_lr=5e-4, background_steps=1200,
     steps=12_000, warmup_steps=600, entropy_warmup_steps=8915,  # a schedule of SMALL's shape
     phase2_steps=12_000)  # no phase 3, where so small a background learned dark spots
 
