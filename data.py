@@ -92,8 +92,9 @@ def prefetch(function, items, depth, threads=1):
 CORNERS = (0, 3, 4, 5)  # of the kinds: a disc, a triangle, a square and a star
 UPRIGHT = (0, np.pi * 5 / 6, 0, np.pi / 2)  # the angle at which each of them stands on its base
 
-def cover(kind, dx, dy, radius, tilt):
-    """(side, side): 1 in a shape, 0 outside. dx (side,), dy (side, 1) and radius: half images."""
+def cover(kind, dx, dy, radius, tilt, side):
+    """(h, w): 1 in a shape, 0 outside. dx (w,), dy (h, 1) and radius: half images, of side / 2
+    pixels."""
     # The edge in polar coordinates. `fold`, at most sector, is the angle from a corner or notch.
     edge = 0.9 * radius
     if CORNERS[kind] > 0:
@@ -103,7 +104,7 @@ def cover(kind, dx, dy, radius, tilt):
         edge = 1.1 * radius * (np.cos(sector) / np.cos(sector - fold))
     if CORNERS[kind] == 5:
         edge = 1.1 * radius * (0.5 + 0.5 * fold / sector)
-    return np.clip(0.5 - (np.hypot(dx, dy) - edge) * len(dy) / 2, 0, 1)  # falls within one pixel
+    return np.clip(0.5 - (np.hypot(dx, dy) - edge) * side / 2, 0, 1)  # falls within one pixel
 
 def paint(rng, image, hues, kinds, radii, gap, pale, shading):
     """Paint a random shape of each hue over image (side, side, 3) in [0, 1]; return it and labels.
@@ -120,13 +121,17 @@ def paint(rng, image, hues, kinds, radii, gap, pale, shading):
                 break
         placed.append((x, y, radius))
 
-        dx = pixels - np.float32(x)
-        dy = pixels[:, None] - np.float32(y)
-        inside = cover(rng.integers(kinds), dx, dy, radius, tilt=rng.uniform(-0.2, 0.2))
+        near = 1.2 * radius  # no pixel further away changes
+        columns = slice(*np.searchsorted(pixels, (x - near, x + near)))
+        rows = slice(*np.searchsorted(pixels, (y - near, y + near)))
+        dx = pixels[columns] - np.float32(x)
+        dy = pixels[rows, None] - np.float32(y)
+        inside = cover(rng.integers(kinds), dx, dy, radius, rng.uniform(-0.2, 0.2), side)
         colour = colors.hsv_to_rgb((hue, *rng.uniform(pale, 1))).astype(np.float32)
         light = 1 - shading * (dx + dy)[..., None] / radius  # from the upper left
-        image += inside[..., None] * (np.clip(colour * light, 0, 1) - image)
-        labels[inside > 0.5] = label
+        around = image[rows, columns]  # a view
+        around += inside[..., None] * (np.clip(colour * light, 0, 1) - around)
+        labels[rows, columns][inside > 0.5] = label
     return (image * 255 + 0.5).astype(np.uint8), labels
 
 def draw_shapes(rng, side):

@@ -500,7 +500,7 @@ def test_render_is_algorithm_2(anisotropic):
         alphas = np.exp([0.5, *latents.log_alpha[n].tolist()])
         claims = alphas[:, None, None] * np.stack(masks)
         w = claims / claims.sum(0)  # Eq. (17)
-        close(scene.layers[n], np.stack(layers), 1e-12)
+        close(scene.layers[n], np.stack(layers[1:]), 1e-12)
         close(scene.weights[n], w, 1e-12)
         close(scene.image[n], sum(w[k] * layers[k] for k in range(4)), 1e-12)  # Eq. (18)
 
@@ -533,7 +533,7 @@ def test_segment_is_the_arg_max_of_the_weights_and_never_calls_the_background_mo
     model = many_labels()
     images = torch.rand(3, 3, 64, 64)
     scene = model(images)
-    close(scene.layers[:, 0], model.background(images)[:, :3])  # L_0
+    close(scene.image, model.render(model.encode(images), model.background(images)[:, :3]).image)
     wide = model.render(model.encode(images), torch.zeros(3, 3, 32, 128)).weights.argmax(1)
     del model.background
     assert torch.equal(model.segment(images), scene.weights.argmax(1))
@@ -692,7 +692,7 @@ def test_the_small_background_learns_from_an_unlucky_start_too(tmp_path, no_pict
     """With twice the rate it stayed a constant grey from this start, 20 levels off, and queries
     drew the backdrop instead."""
     config = replace(ast_seg.preset("shapes", True), slots=8, seed=2, steps=1, phase2_steps=1,
-                     background_steps=600, validate_every=9999)
+                     validate_every=9999)
     ast_seg.train(config, tmp_path / "run", str(tmp_path), CPU)
     scenes = data.load("shapes", "val", tmp_path, 64)
     images = torch.tensor(scenes.images) / 255

@@ -27,7 +27,8 @@ def draw_objects(model, image, path):
     """image: (3, h, w) in [0, 1]. Rows for the background, for each query, and for their sum."""
     h, w = image.shape[-2:]
     latents = model.encode(image[None])
-    scene = model.render(latents, model.background(image[None])[:, :3])
+    background = model.background(image[None])[:, :3]
+    scene = model.render(latents, background)
     glimpses = model.glimpse_generator(latents.z_what[0])  # (K, 4, g, g)
     layers, masks = (x[0] for x in model.draw(latents, h, w))
     weights = scene.weights[0]
@@ -45,9 +46,9 @@ def draw_objects(model, image, path):
         data.show(axes[row, column], picture, axes[row, column].get_title())
 
     put(0, 0, image)
-    put(0, 3, scene.layers[0, 0])
+    put(0, 3, background[0])
     put(0, 4, weights[0].expand(3, h, w))
-    put(0, 5, weights[0] * scene.layers[0, 0])
+    put(0, 5, weights[0] * background[0])
     for k in range(K):
         put(k + 1, 0, latents.attention[0, k])
         put(k + 1, 1, glimpses[k, :3])
@@ -86,7 +87,7 @@ def draw_equivariance(model, image, path):
     convolved = (2 * ast_seg.soft_argmax(blurred)[:, 0, 0] + 1) / w - 1
 
     again = model.encode(scene.image)
-    seen = model.render(again, scene.layers[:, 0]).weights[:, 1:].sum((2, 3)).argmax(1)
+    seen = model.render(again, background.expand(n, -1, -1, -1)).weights[:, 1:].sum((2, 3)).argmax(1)
     found = again.x[torch.arange(n), seen]
 
     figure, axis = plt.subplots(figsize=(7, 3.2))
