@@ -47,8 +47,7 @@ import data
 # --- Configuration: Table 1 of the supplement, the architecture, the run ------------------------
 @dataclass
 class Config:
-    """Table 1 in its order, then the rest. Fields are flags; defaults, the paper's for CLEVR
-    but for `precision`."""
+    """Table 1 in its order, then the rest. Defaults are the paper's for CLEVR, but `precision`."""
     dataset: Literal[tuple(data.DATASETS)] = "clevr"  # what to train on
     # Table 1, background model pretraining (phase 1)
     background_batch_size: int = 128  # images in a step of phase 1
@@ -270,7 +269,7 @@ def coordinates(h: int, w: int, like: Tensor) -> Tensor:
     """Normalised coordinates of h x w cells, (2, h, w): x over columns, y over rows."""
     x = torch.linspace(-1, 1, w, device=like.device, dtype=like.dtype)  # Eq. (12)
     y = torch.linspace(-1, 1, h, device=like.device, dtype=like.dtype)  # Eq. (13)
-    return torch.stack([x.expand(h, w), y[:, None].expand(h, w)])
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"))
 
 def attend(attention: Tensor, features: Tensor) -> Tensor:
     """What and where each query sees. attention: (n, K, h*, w*), maps that sum to 1. features:
@@ -621,7 +620,7 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
               f"{torch.get_num_threads()} threads, into {folder}. End it at any time; the same "
               "command goes on from the last checkpoint.", flush=True)
     began = time.time() - saved["seconds"]  # as if there had been no interruption
-    skipped_in_a_row = 0
+    last_good = saved["t"] - 1  # the last step that was not skipped
 
     for phase, (first, last) in phase_bounds(config).items():
         start = max(first, saved["t"])
@@ -657,32 +656,31 @@ def train(config: Config, folder: Path, data_dir: str, device: torch.device):
             # spoilt for good. Such a step leaves no trace.
             if torch.nn.utils.get_total_norm(gradients).isfinite():
                 optimizer.step()
-                skipped_in_a_row = 0
+                last_good = t
             else:
                 for buffer, before in zip(model.buffers(), buffers):
                     buffer.copy_(before)
                 saved["skipped"] += 1
-                skipped_in_a_row += 1
-            if skipped_in_a_row == 10:
+            if t - last_good == 10:
                 raise data.UserError(f"Ten steps in a row, up to {t}, were not finite. The last "
                                      "checkpoint is good; start anew with a smaller --lr.")
 
             done = t + 1
-            if RANK > 0:
-                continue
             save = done % config.validate_every == 0 or done == last
-            if save or done % config.log_every == 0:
-                line = {"t": done, "phase": phase, "lr": rate, "skipped": saved["skipped"],
-                        "seconds": time.time() - began}
-                for name, value in losses.items():
-                    line[name] = value.item() if value.isfinite() else None  # JSON has no NaN
-                if save:
-                    scores = evaluate(model, val_scenes, device)
-                    line |= {name: values.mean().item() for name, values in scores.items()}
-                saved["log"].append(line)
-                with open(folder / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                bar.set_postfix({k: line[k] for k in (*losses, "mIoU", "ARI-FG") if k in line})
+            if RANK > 0 or not (save or done % config.log_every == 0):
+                continue
+
+            line = {"t": done, "phase": phase, "lr": rate, "skipped": saved["skipped"],
+                    "seconds": time.time() - began}
+            for name, value in losses.items():
+                line[name] = value.item() if value.isfinite() else None  # JSON has no NaN
+            if save:
+                scores = evaluate(model, val_scenes, device)
+                line |= {name: values.mean().item() for name, values in scores.items()}
+            saved["log"].append(line)
+            with open(folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            bar.set_postfix({k: line[k] for k in (*losses, "mIoU", "ARI-FG") if k in line})
             if save:
                 frame = folder / f"frames/{done:07}.png"
                 draw_segmentations(model, val_scenes, frame, f"phase {phase}, step {done}")

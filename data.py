@@ -93,8 +93,7 @@ CORNERS = (0, 3, 4, 5)  # of the kinds: a disc, a triangle, a square and a star
 UPRIGHT = (0, np.pi * 5 / 6, 0, np.pi / 2)  # the angle at which each of them stands on its base
 
 def cover(kind, dx, dy, radius, tilt, side):
-    """(h, w): 1 in a shape, 0 outside. dx (w,), dy (h, 1) and radius: half images, of side / 2
-    pixels."""
+    """(h, w): 1 in a shape, 0 outside. dx (w,), dy (h, 1) and radius: half images."""
     # The edge in polar coordinates. `fold`, at most sector, is the angle from a corner or notch.
     edge = 0.9 * radius
     if CORNERS[kind] > 0:
@@ -497,10 +496,9 @@ def save_checkpoint(folder: Path, state: dict, model):
 
 def load_checkpoint(folder: Path, config: dict) -> dict:
     """What was saved, or the start of a new run. Raises UserError if it is not this run's."""
-    start = {"config": config, "t": 0, "seconds": 0.0, "log": [], "skipped": 0}
     file = folder / "checkpoint.pt"
     if not file.exists() and not (folder / "model.safetensors").exists():
-        return start
+        return {"config": config, "t": 0, "seconds": 0.0, "log": [], "skipped": 0}
     with usable(file, "the run cannot go on, but --eval scores its model; choose another --out"):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         changed = [name for name, value in config.items() if saved["config"].get(name) != value
@@ -508,7 +506,7 @@ def load_checkpoint(folder: Path, config: dict) -> dict:
     if changed and saved["t"]:
         raise UserError(f"{folder} is a run with other settings ({', '.join(changed)}); "
                         "repeat its flags, or choose another --out.")
-    return start | saved | {"config": config}
+    return saved | {"config": config}
 
 def print_scores(name: str, runs: dict[str, dict]):
     """Print the mean scores of runs on a set. runs: by name, mean by metric."""
@@ -539,8 +537,8 @@ def draw_curves(bounds: dict, log: list, path: Path):
     panels = (("background", "reconstruction", "entropy"), ("mIoU", "ARI-FG", "MSC-FG"), ("lr",))
     for axis, names in zip(axes, panels):
         for name in names:
-            points = [(line["t"], line[name]) for line in log if line.get(name) is not None]
-            axis.plot(*np.reshape(points, (-1, 2)).T, ".-", ms=3, lw=1, label=name)
+            points = {line["t"]: line[name] for line in log if line.get(name) is not None}
+            axis.plot(points.keys(), points.values(), ".-", ms=3, lw=1, label=name)
         for phase, (first, last) in bounds.items():
             axis.axvspan(first, last, color="gray", alpha=0.1 * (phase - 1), lw=0)
         axis.legend()
