@@ -93,7 +93,7 @@ CORNERS = (0, 3, 4, 5)  # of the kinds: a disc, a triangle, a square and a star
 UPRIGHT = (0, np.pi * 5 / 6, 0, np.pi / 2)  # the angle at which each of them stands on its base
 
 def cover(kind, dx, dy, radius, tilt, side):
-    """(h, w): 1 in a shape, 0 outside. dx (w,), dy (h, 1) and radius: half images."""
+    """(h, w): 1 in a shape, 0 outside. dx (w,), dy (h, 1), radius: half images; side: pixels."""
     # The edge in polar coordinates. `fold`, at most sector, is the angle from a corner or notch.
     edge = 0.9 * radius
     if CORNERS[kind] > 0:
