@@ -812,9 +812,6 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files
             if ".cache" not in path.parts and path.name != "run.lock"}
 
-def flag(name, value):
-    return f"--{name.replace('_', '-')}={value}"
-
 # --- The program: configuration -----------------------------------------------------------------
 @pytest.mark.parametrize("arguments, config", [
     ("", ast_seg.preset("shapes", True)), ("--no-small", ast_seg.preset("shapes")),
@@ -841,7 +838,7 @@ def test_a_preset_is_the_facts_of_its_set_then_small_then_a_schedule_in_proporti
 
 # --- The program: a run, and its interruptions --------------------------------------------------
 CONFIG = tiny(lr=0.01, log_alpha_0=0.0, s_max=3.0)  # blurred, visible objects
-RUN = [flag(name, getattr(CONFIG, name)) for name in (*TINY, "log_alpha_0")]
+RUN = [f"--{name.replace('_', '-')}={getattr(CONFIG, name)}" for name in (*TINY, "log_alpha_0")]
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
@@ -886,12 +883,10 @@ def test_a_run_leaves_a_model_a_log_pictures_and_the_scores_of_that_model(finish
     assert all(np.array_equal(scores[name], truth[name]) for name in results)
     assert 0 < results["MSC-FG"] < 100
 
-class Killed(BaseException):
-    """Stands for whatever ends a program between two of its lines."""
-
 def test_wherever_a_run_is_killed_the_same_command_goes_on_to_the_same_bits(
         finished, tmp_path, arguments, monkeypatch, no_pictures):
-    """One run, killed again and again: in a step, or when half of a file is written."""
+    """One run, killed again and again: in a step, or when half of a file is written. A Ctrl-C
+    stands for whatever ends a program between two of its lines."""
     folder = tmp_path / "run"
     training_loss = ast_seg.training_loss
     save = torch.save
@@ -899,21 +894,21 @@ def test_wherever_a_run_is_killed_the_same_command_goes_on_to_the_same_bits(
 
     def deadly_loss(model, images, phase, t):
         if killed == ("step", t):
-            raise Killed
+            raise KeyboardInterrupt
         return training_loss(model, images, phase, t)
 
     def deadly_save(state, file):
         save(state, file)
         if killed == ("save", state.get("t")):
             file.truncate(999)
-            raise Killed
+            raise KeyboardInterrupt
 
     def deadly_export(model, folder):
         Path(folder, "model.safetensors").write_bytes(b"half")
         saved = torch.load(folder / "checkpoint.pt")["t"]
         assert saved < 18  # that of the last step means that the model is there
         if killed == ("export", saved):
-            raise Killed
+            raise KeyboardInterrupt
         export(model, folder)
     monkeypatch.setattr(ast_seg, "training_loss", deadly_loss)
     monkeypatch.setattr(torch, "save", deadly_save)
@@ -923,7 +918,7 @@ def test_wherever_a_run_is_killed_the_same_command_goes_on_to_the_same_bits(
             (("save", 6), 0), (("step", 6), 6), (("step", 9), 6),  # where phase 2 begins, and 3:
             (("export", 12), 12), (("save", 14), 12), (("step", 14), 14), (("step", 17), 14),
             (("export", 14), 14), (("save", 18), 14)):
-        with pytest.raises(Killed):
+        with pytest.raises(KeyboardInterrupt):
             ast_seg.main(arguments(folder))
         if left is not None:
             assert torch.load(folder / "checkpoint.pt")["t"] == left
