@@ -1195,11 +1195,6 @@ def test_a_model_is_found_wherever_a_run_still_has_it(
         expected = "--eval scores its model" if works else "no run of ours"
         assert expected in capsys.readouterr().err
 
-def test_a_run_that_has_saved_nothing_yet_says_so(tmp_path, arguments, capsys):
-    data.save_checkpoint(tmp_path, {"t": 0, "log": []}, None)
-    assert ast_seg.main(arguments(tmp_path, "--eval")) == 2
-    assert "has saved none yet" in capsys.readouterr().err
-
 def test_one_model_that_is_missing_does_not_hide_the_scores_of_another(
         finished, arguments, capsys, monkeypatch, no_pictures):
     """What looks like a folder is not asked for at the hub."""
@@ -1333,7 +1328,8 @@ def mine(tmp_path_factory, finished):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     code = {"config": asdict(CONFIG), "t": 1, "run": Path()}  # unpickling may run any code
-    for name, state in {"foreign": {"epoch": 3}, "code": code}.items():
+    begun = {"config": asdict(CONFIG), "t": 0, "log": []}
+    for name, state in {"foreign": {"epoch": 3}, "code": code, "begun": begun}.items():
         (folder / name).mkdir()
         torch.save(state, folder / name / "checkpoint.pt")
     return folder
@@ -1347,6 +1343,7 @@ REFUSED = {  # what the answer names: what is asked for in the folder `mine`, on
     "checkpoint.pt is of no use": "--out=cut --out=foreign --out=code",
     "other settings (lr, entropy_weight)": "--out=run,--lr=0.5,--entropy-weight=7",
     "The model ": "--eval --model=nobody/none --model=bert --model=half --model=part",
+    "has saved none yet": "--eval,--out=begun",
     "is of no use (there is none": "--model=thesis --model=thesis/run --model=run/none",
     "--segment takes": "--segment --segment,thesis,--eval --segment,a,--model,a,b",
     "no output of --segment": "--segment,photos,--model=RUN,--out=thesis",
