@@ -1674,13 +1674,13 @@ def test_images_of_any_kind_come_upright_and_square(tmp_path, name, image, expec
     Image.fromarray(labels).save(tmp_path / f"{Path(name).stem}_mask.png")
     assert_scenes("folder", data.load("folder", "test", tmp_path), [(expected, labels)])
 
-def test_damages_of_all_splits_are_named_at_once(tmp_path):
-    files = [file for *_, file, _ in write_pairs("folder", tmp_path, 20)]
-    for victim in files[:14]:  # of 2 test, 2 validation and 16 training scenes
-        victim.write_bytes(b"")
+def test_damages_of_all_splits_are_named_at_once_up_to_five_of_each(tmp_path):
+    for *_, labels in write_pairs("folder", tmp_path, 10):
+        labels.write_bytes(b"")
     with pytest.raises(data.UserError) as error:
         data.load_splits("folder", tmp_path, 0, 64)
-    assert sum(map(int, re.findall(r"Damaged scenes: (\d+)\.", str(error.value)))) == 14
+    assert re.findall(r"Damaged scenes: (\d+)\.", str(error.value)) == ["1", "1", "8"]
+    assert str(error.value).count("mask.png is of no use") == 1 + 1 + 5
     shapes = data.load_splits("shapes", tmp_path, 3, 64)
     assert [len(scenes.images) for scenes in shapes] == [3, 3, 3]
 
@@ -1799,12 +1799,6 @@ def test_bad_image_files_are_named(tmp_path, monkeypatch, name, case):
     hints = {"labels missing": ["unpack" if name == "shapestacks" else "label maps: 1 ("],
              "labels of another size": ["label map", "(7, 9)", "(30, 24)"]}
     refused(name, tmp_path, victim, *hints.get(case, []))
-
-def test_all_bad_image_files_are_named_at_once(tmp_path):
-    for *_, labels in write_pairs("folder", tmp_path, 10):
-        labels.write_bytes(b"")
-    with pytest.raises(data.UserError, match=f"scenes: 8{5 * '.*mask.png is of no use'}"):
-        data.load("folder", "train", tmp_path)
 
 @pytest.mark.parametrize("name, labels, word", [
     ("a_mask.png", np.ones((8, 8, 3), np.uint8), "8 bits"),
