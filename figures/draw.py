@@ -72,14 +72,15 @@ def draw_equivariance(model, image, path):
     """The largest object of an image (3, h, w) slides over its background, drawn by the model
     itself, and is found by the soft-argmax of a convolution of its mask, and by the model."""
     latents = model.encode(image[None])
-    background = model.background(image[None])[:, :3]
+    background = model.background(image[None])[:, :3]  # (1, 3, h, w)
     k = model.render(latents, background).weights[0, 1:].sum((1, 2)).argmax().item()
 
     true = torch.linspace(-1, 1, 129)
     n = len(true)
     alone = [field[:, k:k + 1].expand(n, *field[:, k:k + 1].shape[1:]) for field in latents]
     moved = ast_seg.Latents(*alone)._replace(x=true[:, None], y=torch.zeros(n, 1))
-    scene = model.render(moved, background.expand(n, -1, -1, -1))
+    background = background.expand(n, -1, -1, -1)
+    scene = model.render(moved, background)
     h, w = image.shape[-2:]
 
     # Pixel j has its centre at (2 j + 1) / w - 1 where the image reaches from -1 to 1.
@@ -87,7 +88,7 @@ def draw_equivariance(model, image, path):
     convolved = (2 * ast_seg.soft_argmax(blurred)[:, 0, 0] + 1) / w - 1
 
     again = model.encode(scene.image)
-    seen = model.render(again, background.expand(n, -1, -1, -1)).weights[:, 1:].sum((2, 3)).argmax(1)
+    seen = model.render(again, background).weights[:, 1:].sum((2, 3)).argmax(1)
     found = again.x[torch.arange(n), seen]
 
     figure, axis = plt.subplots(figsize=(7, 3.2))
