@@ -1,4 +1,4 @@
-"""Draw the README's pictures of a run: python figures/draw.py runs/shapes-small [FOLDER] [DATA_DIR]
+"""Draw the README's pictures: python figures/draw.py runs/shapes-small [FOLDER] [DATA_DIR]
 
 shapes.png        six scenes of the test split, as the run itself draws them
 objects.png       Algorithms 1 and 2: one scene taken apart into its layers, and put together again
