@@ -439,9 +439,10 @@ def batch_indices(count, batch_size, seed, step):
     return epoch_order(count, seed, epoch)[batch * batch_size:(batch + 1) * batch_size]
 
 def batches(scenes: Scenes, batch_size: int, seed: int, start: int, stop: int,
-            device: torch.device, share=slice(None)):
+            device: torch.device, share=slice(None), shift=0, shift_from=0):
     """Yield the batches of steps start..stop - 1: (batch_size, 3, H, W) uint8 tensors on `device`;
-    of each the `share` of this process. A thread gathers them ahead of the training step."""
+    of each the `share` of this process. A thread gathers them ahead of the training step.
+    From `shift_from` on, a batch's scenes all move by up to `shift` pixels, borders repeated."""
     images = np.asarray(scenes.images)
     if batch_size % (share.step or 1):
         raise UserError(f"{share.step} processes cannot share batches of {batch_size} equally.")
@@ -449,7 +450,14 @@ def batches(scenes: Scenes, batch_size: int, seed: int, start: int, stop: int,
         images = torch.from_numpy(images).to(device)  # then a batch is an index, without a copy
     def gather(step):
         indices = batch_indices(len(images), batch_size, seed, step)[share]
-        return torch.as_tensor(images[indices]).to(device)
+        batch = torch.as_tensor(images[indices])
+        if shift and step >= shift_from:
+            h, w = batch.shape[2:]
+            down, right = np.random.default_rng((seed, step)).integers(-shift, shift + 1, 2)
+            rows = (torch.arange(h) - down).clamp(0, h - 1)
+            columns = (torch.arange(w) - right).clamp(0, w - 1)
+            batch = batch[:, :, rows[:, None], columns]
+        return batch.to(device)
     return prefetch(gather, range(start, stop), depth=4)
 
 # --- The files of a run: checkpoints, scores, curves, images of one's own ---

@@ -417,6 +417,17 @@ def test_sharpness_is_a_power_of_the_first_attention_maps_and_of_nothing_else(ge
     maps, others = (model.feature_maps(images.double())[:, 4:] for model in models)
     close(others, maps, 1e-12)
 
+def test_a_mask_bias_lowers_the_first_logits_of_the_masks_and_nothing_else():
+    z_what = torch.randn(5, 32, dtype=torch.float64)
+    glimpses = []
+    for mask_bias in (0.0, -3.0):
+        torch.manual_seed(0)
+        model = ast_seg.ASTSeg(tiny(mask_bias=mask_bias)).double()
+        glimpses.append(model.glimpse_generator(z_what).logit())
+    difference = torch.zeros_like(glimpses[0])
+    difference[:, 3] = -3
+    close(glimpses[1] - glimpses[0], difference, 1e-6)  # the bias is float32
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_the_refinement_treats_queries_alike_and_may_start_as_the_identity(residual):
     """Permuting the queries permutes what comes out. They see each other, or else start as they
@@ -687,6 +698,16 @@ def test_training_learns(tmp_path, no_pictures):
                 robustness_warmup=1e6, validate_every=99)
     losses = [line["background"] for line in log[:60]]
     assert np.mean(losses[-5:]) < losses[0] / 2
+
+def test_scenes_are_moved_after_a_share_of_phases_2_and_3(tmp_path, monkeypatch, no_pictures):
+    training_loss = ast_seg.training_loss
+    seen = {0: [], 2: []}
+    monkeypatch.setattr(ast_seg, "training_loss", lambda model, images, *step: (
+        seen[model.config.shift].append(images), training_loss(model, images, *step))[1])
+    for shift in seen:
+        train(tmp_path / str(shift), shift=shift, shift_from=0.5, validate_every=99)
+    same = [torch.equal(*batches) for batches in zip(seen[0], seen[2])]
+    assert all(same[:12]) and sum(same[12:]) <= 1  # of 25 moves one is none
 
 def test_the_small_background_learns_from_an_unlucky_start_too(tmp_path, no_pictures):
     """With twice the rate it stayed a constant grey from this start, 20 levels off, and queries
@@ -1956,3 +1977,20 @@ def test_batches_come_in_order_a_few_ahead_raise_the_error_and_leave_no_thread(m
     with pytest.raises(IndexError):  # where it belongs
         next(batches)
     assert threading.active_count() == threads
+
+def test_shifted_batches_show_the_scenes_moved_and_their_borders_repeated():
+    """numpy's padding by edges is the authority. A run that goes on sees the same batches."""
+    images = np.random.default_rng(0).integers(256, size=(50, 3, 6, 4), dtype=np.uint8)
+    scenes = data.Scenes(images, None)
+    padded = np.pad(images, [(0, 0), (0, 0), (2, 2), (2, 2)], "edge")
+    moved = {(y - 2, x - 2): padded[:, :, y:y + 6, x:x + 4] for y in range(5) for x in range(5)}
+    steps = range(11, 211)
+    seen = []
+    for step, batch in zip(steps, data.batches(scenes, 8, 3, 11, 211, CPU, shift=2)):
+        indices = data.batch_indices(50, 8, 3, step)
+        seen += [by for by, all in moved.items() if np.array_equal(batch, all[indices])]
+    assert len(seen) == len(steps) and set(seen) == set(moved)  # one place each; all 25 occur
+    resumed = data.batches(scenes, 8, 3, 19, 21, CPU, slice(1, None, 2), shift=2, shift_from=20)
+    for by, step in [((0, 0), 19), (seen[9], 20)]:  # and before shift_from they are not moved
+        indices = data.batch_indices(50, 8, 3, step)[1::2]
+        assert np.array_equal(next(resumed), moved[by][indices])
