@@ -155,7 +155,7 @@ SMALL_FOR["clevr"] = SMALL_FOR["clevr6"] = dict(  # objects may be five pixels w
     generator="unet-fine", glimpse_size=32,  # cells of two pixels, not of four
     s_min=2.5, s_max=14.0,  # first glimpses of 8 pixels: they must find an object, not cover it
     mask_bias=-3.0,  # masks grow where it pays; those that began as half a glimpse kept halos
-    shift=2, shift_from=0.3,  # a thousand scenes are few, but the start is harder with more
+    shift=2, shift_from=0.3,  # a thousand scenes are few, but enough to find objects
     sharpness=1.0,  # 3.0, tried once and with wider glimpses, began more slowly
     batch_size=32, lr=6e-4, entropy_weight=1e-2,
     background_steps=3600,  # a backdrop that is not learned ends up in the glimpses
