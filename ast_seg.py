@@ -437,7 +437,7 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="ast-seg"):
         self.refine = Refinement(d_phi + 2, config) if config.layers else nn.Identity()
         glimpse_size = config.glimpse_size or config.size // 2
         self.glimpse_generator = GlimpseGenerator(config.d_z_what, glimpse_size)
-        self.glimpse_generator[-2].bias.data[3] += config.mask_bias
+        self.glimpse_generator[-2].bias.data[3] += config.mask_bias  # channel 3: the mask
         self.background = Background(config)
 
         # At first alpha_0 = e^11 dwarfs each alpha_k, so w_k is about alpha_k M_k / alpha_0, which
