@@ -153,13 +153,13 @@ SMALL = dict(  # What a laptop does otherwise, and why: --small, and the default
 SMALL_FOR = {"shapes": dict(s_min=3.0)}  # glimpses of at most 21 pixels; larger ones give halos
 SMALL_FOR["clevr"] = SMALL_FOR["clevr6"] = dict(  # objects may be five pixels wide, and overlap
     generator="unet-fine", glimpse_size=32,  # cells of two pixels, not of four
-    s_max=5.0,  # first glimpses of 20 pixels, not 8; with an s_min of 2 one seed cut large objects
+    s_max=5.0,  # first glimpses of 20 pixels; with an s_min of 2 one seed cut large objects
     mask_bias=-3.0,  # masks grow where it pays; with 0 (s up to 14) one of two starts kept halos
     shift=2, shift_from=0.3,  # a thousand scenes are few, but enough to find objects
     sharpness=1.0,  # with 5.0 no query slept, but both seeds learned more slowly
     batch_size=32, lr=6e-4, entropy_weight=2e-2,  # 3e-2 and more: larger masks
     background_steps=3600,  # after 1200 larger ones some starts knew the mean backdrop alone
-    steps=18_000, warmup_steps=720, entropy_warmup_steps=16_000,  # a schedule of SMALL's shape
+    steps=18_000, warmup_steps=720, entropy_warmup_steps=16_000,  # as SMALL, entropy later
     phase2_steps=18_000)  # no phase 3, where so small a background learned dark spots
 
 def preset(dataset: str = "shapes", small: bool = False, steps: int = 0) -> Config:
