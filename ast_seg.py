@@ -157,7 +157,7 @@ SMALL_FOR["clevr"] = SMALL_FOR["clevr6"] = dict(  # objects may be five pixels w
     mask_bias=-3.0,  # masks grow where it pays; with 0 (s up to 14) one of two starts kept halos
     shift=2, shift_from=0.3,  # a thousand scenes are few, but enough to find objects
     sharpness=1.0,  # with 5.0 no query slept, but both seeds learned more slowly
-    batch_size=32, lr=6e-4, entropy_weight=2e-2,  # 3e-2 and more: larger masks
+    batch_size=32, lr=6e-4, entropy_weight=2e-2,  # with 3e-2 (s from 2 on) larger masks
     background_steps=3600,  # after 1200 larger ones some starts knew the mean backdrop alone
     steps=18_000, warmup_steps=720, entropy_warmup_steps=16_000,  # as SMALL, entropy later
     phase2_steps=18_000)  # no phase 3, where so small a background learned dark spots
